@@ -1,0 +1,22 @@
+"""Mixture-of-LoRA checkpoints, framework-free: read, write, convert, inspect, verify. Imports neither jax nor torch."""
+
+from interop.adapter import Adapter, detect, read, write
+from interop.checks import Finding, Inspection, inspect, verify
+from interop.config import MoeLoraConfig
+from interop.conversion import convert
+from interop.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "ConfigError",
+    "Finding",
+    "Inspection",
+    "MoeLoraConfig",
+    "convert",
+    "detect",
+    "inspect",
+    "read",
+    "verify",
+    "write",
+]

@@ -1,0 +1,88 @@
+"""The README.md that a save puts next to an adapter: what it is, how to load it, what it computes."""
+
+from collections.abc import Mapping
+
+from interop.config import FORMAT_VERSION, MoeLoraConfig
+
+CARD_NAME = "README.md"
+
+_TEMPLATE = """---
+library_name: peft
+base_model: {base}
+tags: [moe-lora, mixture-of-experts, lora]
+---
+
+# Mixture-of-LoRA-experts adapter
+
+Base model: `{base}`. Format: moe-lora native, version {version}. {experts} experts of rank {r} on {count} modules.
+
+## Load
+
+PyTorch (the import registers the `MOE_LORA` method with PEFT; without it PEFT raises `KeyError: 'MOE_LORA'`):
+
+```python
+import interop.peft_tuner
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/directory")
+```
+
+JAX:
+
+```python
+import moe_lora_jax as mlj
+
+model = mlj.load_base_model("path/to/base")
+mlj.load_adapter(model, "path/to/this/directory")
+```
+
+## What it computes
+
+On each target module: y = W0 x + sum_e g_e(x) s_e B_e A_e x, with s_e = {scaling}.
+Routing: {routing}.
+
+## Tensors
+
+| name | dtype | shape |
+|---|---|---|
+{rows}
+"""
+
+
+def routing_rule(config: MoeLoraConfig) -> str:
+    """The routing rule of a config in one line."""
+    if config.num_experts == 1 and not config.num_experts_pattern:
+        return "none, one expert (plain LoRA)"
+    scores = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)"}[config.scoring_func]
+    logits = "z = R x" + (" + b" if config.router_bias else "")
+    if config.router_temperature != 1:
+        logits = f"z = ({logits[4:]}) / {config.router_temperature:g}"
+    if config.top_k is not None:
+        kept = f"the {config.top_k} largest"
+    elif config.adaptive_threshold:
+        kept = f"those with p >= tau = {config.threshold:g} * sigmoid(w.x + c), tau subtracted"
+    elif config.threshold is not None:
+        kept = f"those with p >= {config.threshold:g}"
+    else:
+        kept = "all"
+    if config.top_k_pattern:
+        kept += f" (top_k per module: {config.top_k_pattern})"
+    norm = ", divided by their sum" if config.norm_topk_prob else ", not renormalised"
+    factor = "" if config.routed_scaling_factor == 1 else f", times {config.routed_scaling_factor:g}"
+    return f"{logits}, p = {scores}, keep {kept}{norm}{factor}"
+
+
+def model_card(config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """Markdown of the card. `tensors`: {stored name: (dtype, shape)}."""
+    rows = "\n".join(f"| `{name}` | {dtype} | {list(shape)} |" for name, (dtype, shape) in sorted(tensors.items()))
+    root = "sqrt(r)" if config.use_rslora else "r"
+    return _TEMPLATE.format(
+        base=config.base_model_name_or_path or "unknown",
+        version=FORMAT_VERSION,
+        experts=config.num_experts,
+        r=config.r,
+        count=len(config.target_modules or ()),
+        scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",
+        routing=routing_rule(config),
+        rows=rows,
+    )

@@ -1,0 +1,130 @@
+"""Looking at a checkpoint: `inspect` reads headers only, `verify` reads everything and lists what is wrong."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop import files
+from interop.adapter import METADATA, Adapter, detect, read
+from interop.card import routing_rule
+from interop.config import MoeLoraConfig
+from interop.digest import NAME as DIGEST
+from interop.errors import CheckpointError, ConfigError
+from interop.files import TensorInfo
+
+METADATA_KEYS = {*METADATA, DIGEST}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        dialect: the layout's name.
+        config: the adapter's config.
+        routing: the routing rule in words.
+        tensors: {stored name: dtype and shape}.
+        parameters: number of values in all tensors.
+        bytes: size of all tensors, in bytes.
+        metadata: of the safetensors header.
+    """
+
+    dialect: str
+    config: MoeLoraConfig
+    routing: str
+    tensors: dict[str, TensorInfo]
+    parameters: int
+    bytes: int
+    metadata: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        tensors = {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in self.tensors.items()}
+        return {**self.__dict__, "config": self.config.to_dict(), "tensors": tensors}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `verify` noticed: `level` is "error" (do not use it) or "note"."""
+
+    level: str
+    message: str
+
+
+def inspect(directory: str | os.PathLike[str]) -> Inspection:
+    """Describes a checkpoint from its config and its header, without reading a tensor or checking the digest.
+
+    Raises:
+        CheckpointError, ConfigError: it is not a checkpoint in a known layout.
+    """
+    path = files.existing_directory(directory)
+    config = MoeLoraConfig.from_dict(files.read_json(path / files.CONFIG_NAME))
+    tensors, metadata = files.read_header(path / files.WEIGHTS_NAME)
+    counts = {name: int(np.prod(t.shape, dtype=np.int64)) for name, t in tensors.items()}
+    size = sum(counts[name] * (4 if t.dtype == "F32" else 2) for name, t in tensors.items())
+    dialect = detect(path)
+    return Inspection(dialect, config, routing_rule(config), tensors, sum(counts.values()), size, metadata)
+
+
+def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
+    """Reads a checkpoint completely and returns what was noticed; no finding of level "error" means it is sound.
+
+    Args:
+        directory: the checkpoint.
+        base: a Hugging Face model directory; its tensor names and shapes are compared with the adapter's.
+    """
+    try:
+        adapter = read(directory)
+        _, metadata = files.read_header(Path(directory) / files.WEIGHTS_NAME)
+        findings = [*_metadata_findings(metadata), *_value_findings(adapter)]
+        return findings + (list(_base_findings(adapter, Path(base))) if base is not None else [])
+    except (CheckpointError, ConfigError) as error:
+        return [Finding("error", f"{error.what}: {problem}") for problem in error.problems] or [
+            Finding("error", error.what)
+        ]
+
+
+def _metadata_findings(metadata: dict[str, str]) -> Iterator[Finding]:
+    if DIGEST not in metadata:
+        yield Finding("note", "no digest in the file (PEFT writes none): damage to the tensors would not be noticed")
+    for key in sorted(metadata.keys() - METADATA_KEYS):
+        yield Finding("note", f"unknown header metadata {key!r}: {metadata[key]!r}")
+    version = metadata.get("format_version", METADATA["format_version"])
+    if version != METADATA["format_version"]:
+        yield Finding("error", f"header format_version: found {version!r}, expected {METADATA['format_version']!r}")
+
+
+def _value_findings(adapter: Adapter) -> Iterator[Finding]:
+    for (module, role), tensor in sorted(adapter.tensors.items()):
+        bad = tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum())
+        if bad:
+            yield Finding("error", f"{module} {role}: {bad} of {tensor.size} values are NaN or infinite")
+    modules = [m for m in adapter.modules if adapter.tensors[m, "lora_B"].any()]
+    if not modules:
+        yield Finding("note", "every lora_B is zero: the adapter does nothing yet")
+
+
+def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
+    shapes = base_shapes(base)
+    for module in adapter.modules:
+        found = (adapter.tensors[module, "lora_B"].shape[1], adapter.tensors[module, "lora_A"].shape[-1])
+        expected = shapes.get(f"{module}.weight")
+        if expected is None:
+            yield Finding("error", f"{module}: not in the base model at {base}")
+        elif found != expected:
+            yield Finding(
+                "error", f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
+            )
+
+
+def base_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor name: shape} of a Hugging Face model directory, from headers only."""
+    paths = sorted(files.existing_directory(base).glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError("not a base model", [f"{base}: no *.safetensors file"])
+    headers = [files.read_header(path)[0] for path in paths]
+    return {name: info.shape for header in headers for name, info in header.items()}

@@ -1,0 +1,377 @@
+"""The adapter's configuration: one vocabulary for JAX, PyTorch and every file layout.
+
+The forward pass that a config describes, for a target linear layer W0 with experts e = 1..E:
+
+    z      = (R x + b) / router_temperature                      router logits, fp32, [expert]
+    p      = softmax(z) | softmax(|z|) | sigmoid(z)              scoring_func
+    keep   = all | the top_k largest p | p >= tau                tau = threshold, times sigmoid(w.x + c) if adaptive
+    g      = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
+    y      = W0 x + sum_e routed_scaling_factor * g_e * s_e * B_e A_e x
+    s_e    = lora_alpha_e / r_e, or lora_alpha_e / sqrt(r_e) with use_rslora
+
+A module with one expert has no router: it is plain LoRA, y = W0 x + s B A x.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from interop.errors import ConfigError
+from interop.targets import Targets
+
+FORMAT_VERSION = 1
+PEFT_TYPE = "MOE_LORA"
+SCORING_FUNCS = ("softmax", "abs_softmax", "sigmoid")
+
+# Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes.
+BOOKKEEPING = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeLoraConfig:
+    """Configuration of a mixture-of-LoRA-experts adapter. Validated at construction; treat its lists as read-only.
+
+    Args:
+        r: rank of ONE expert, or one rank per expert.
+        lora_alpha: numerator of the scaling s = lora_alpha / r, or one per expert.
+        use_rslora: s = lora_alpha / sqrt(r) instead (arXiv:2312.03732).
+        num_experts: E, experts per target module.
+        shared_lora_A: one A for all experts of a module (HydraLoRA, arXiv:2404.19245).
+        target_modules: names (whole paths or last parts), a regular expression, or "all-linear".
+        exclude_modules: the same forms; wins over target_modules.
+        layers_to_transform, layers_pattern: restrict to these layer numbers, as in PEFT.
+        rank_pattern, alpha_pattern, num_experts_pattern, top_k_pattern: {regular expression: value} per module; the
+            first that matches the end of the module's path wins, as in PEFT.
+        init_lora_weights: True: B = 0, so the adapter starts as the identity. False: B random (for tests).
+        modules_to_save: modules trained and saved whole beside the adapter (PyTorch only).
+        router_bias: whether the router has a bias b.
+        scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157) or "sigmoid".
+        router_temperature: divides the logits (and |logits|).
+        top_k: experts kept per token; None keeps all (dense).
+        threshold: keep experts with p >= threshold (MoLE); with adaptive_threshold it is the largest tau
+            (AdaMoLE, arXiv:2405.00361).
+        adaptive_threshold: tau = threshold * sigmoid(w.x + c) is learned per module, and subtracted from p.
+        norm_topk_prob: divide the kept weights by their sum; if nothing is kept the delta is zero.
+        routed_scaling_factor: multiplies every weight of a routed module.
+        lora_dropout: dropout on the experts' input, in training.
+        expert_dropout: dropout on the gates (kept ones scaled by 1/(1-p)), in training.
+        router_jitter_noise: eps; the router's input is multiplied by U(1-eps, 1+eps), in training.
+        router_aux_loss_coef, router_z_loss_coef: coefficients of the load-balancing and of the z loss.
+        format_version: version of the native file format.
+        base_model_name_or_path, revision, task_type, inference_mode, auto_mapping, peft_version, peft_type: PEFT's.
+
+    Raises:
+        ConfigError: with one entry per wrong field: what was found and what is allowed.
+    """
+
+    r: int | list[int] = 8
+    lora_alpha: float | list[float] = 16
+    use_rslora: bool = False
+    num_experts: int = 4
+    shared_lora_A: bool = False
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float | list[float]] = dataclasses.field(default_factory=dict)
+    num_experts_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    top_k_pattern: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    init_lora_weights: bool = True
+    modules_to_save: list[str] | None = None
+
+    router_bias: bool = False
+    scoring_func: str = "softmax"
+    router_temperature: float = 1.0
+    top_k: int | None = None
+    threshold: float | None = None
+    adaptive_threshold: bool = False
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    lora_dropout: float = 0.0
+    expert_dropout: float = 0.0
+    router_jitter_noise: float = 0.0
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+
+    format_version: int = FORMAT_VERSION
+    peft_type: str = PEFT_TYPE
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _as_json(getattr(self, field.name)))
+        if isinstance(self.target_modules, list) and all(isinstance(t, str) for t in self.target_modules):
+            object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
+        problems = [
+            f"{name}: found {value!r}, expected {allowed}"
+            for name, (is_allowed, allowed) in _FIELD_RULES.items()
+            if not is_allowed(value := getattr(self, name))
+        ]
+        if not problems:
+            problems = list(_combination_problems(self))
+        if problems:
+            raise ConfigError("invalid MoeLoraConfig", problems)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
+
+    @property
+    def targets(self) -> Targets:
+        """Which module paths the adapter is applied to."""
+        return Targets(
+            self.target_modules,
+            self.exclude_modules,
+            self.layers_to_transform,
+            self.layers_pattern,
+            self.modules_to_save,
+        )
+
+    def for_module(self, module: str) -> "ModuleConfig":
+        """The sizes and selection of one target module, after the patterns.
+
+        Raises:
+            ConfigError: the patterns give this module a per-expert list of the wrong length or top_k > num_experts.
+        """
+        experts = _first_match(self.num_experts_pattern, module, self.num_experts)
+        ranks = _per_expert(_first_match(self.rank_pattern, module, self.r), experts)
+        alphas = _per_expert(_first_match(self.alpha_pattern, module, self.lora_alpha), experts)
+        top_k = _first_match(self.top_k_pattern, module, self.top_k) if experts > 1 else None
+        problems = [
+            f"{module}: {name} has {len(values)} entries, expected one number or {experts} (num_experts of this module)"
+            for name, values in (("r", ranks), ("lora_alpha", alphas))
+            if len(values) != experts
+        ]
+        if top_k is not None and top_k > experts:
+            problems.append(f"{module}: top_k is {top_k}, expected at most {experts} (num_experts of this module)")
+        if self.shared_lora_A and len(set(ranks)) > 1:
+            problems.append(f"{module}: shared_lora_A with unequal ranks {list(ranks)}, expected one rank")
+        if problems:
+            raise ConfigError("the patterns do not fit together", problems)
+        return ModuleConfig(experts, ranks, alphas, self.use_rslora, top_k, self.shared_lora_A)
+
+    def resolved(self, modules: Iterable[str]) -> "MoeLoraConfig":
+        """The same config with target_modules = the sorted list of `modules`, so that two configs can be compared."""
+        return dataclasses.replace(
+            self, target_modules=sorted(modules), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary of every field; the inverse of `from_dict`."""
+        return {f.name: _as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "MoeLoraConfig":
+        """Builds a config from the parsed adapter_config.json.
+
+        Raises:
+            ConfigError: wrong peft_type, newer format_version, or fields that this version does not know (unknown
+                fields that are null are accepted: a newer PEFT adds such fields to every config).
+        """
+        if data.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
+            raise ConfigError(
+                "not a native config", [f"peft_type: found {data['peft_type']!r}, expected {PEFT_TYPE!r}"]
+            )
+        version = data.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ConfigError(
+                "written by a newer moe-lora-jax",
+                [f"format_version: found {version}, this release reads up to {FORMAT_VERSION}: upgrade moe-lora-jax"],
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = [f"{k}: unknown field with value {v!r}" for k, v in data.items() if k not in known and v is not None]
+        if version is None:
+            unknown.append(f"format_version: missing, expected {FORMAT_VERSION}")
+        if unknown:
+            raise ConfigError("invalid adapter_config.json", unknown)
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+    def semantic_dict(self) -> dict[str, Any]:
+        """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
+        return {k: v for k, v in self.to_dict().items() if k not in BOOKKEEPING}
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """What the config says about one target module. `ranks` and `alphas` have one entry per expert."""
+
+    num_experts: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    use_rslora: bool
+    top_k: int | None
+    shared_lora_A: bool
+
+    @property
+    def rank(self) -> int:
+        """Size of the rank axis in memory; experts of smaller rank are zero-padded up to it."""
+        return max(self.ranks)
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """s_e = alpha_e / r_e, or alpha_e / sqrt(r_e) with use_rslora."""
+        return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in zip(self.alphas, self.ranks, strict=True))
+
+    @property
+    def has_router(self) -> bool:
+        """One expert needs no router: the module is plain LoRA."""
+        return self.num_experts > 1
+
+
+def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule (peft.utils.other.get_pattern_key): the first key that matches the end of the path."""
+    return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+
+
+def _per_expert(value: Any, experts: int) -> tuple:
+    return tuple(value) if isinstance(value, list) else (value,) * experts
+
+
+def _as_json(value: Any) -> Any:
+    """A private copy in JSON's own types (tuples and sets become lists, enums their values)."""
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, list | tuple):
+        return [_as_json(v) for v in value]
+    return str(value.value) if isinstance(value, Enum) else value
+
+
+# --- validation: one line per field ---------------------------------------------------------------------------------
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+
+
+def _number(is_in_range: Callable[[float], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and is_in_range(v)
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list) and len(v) > 0 and all(check(x) for x in v)
+
+
+def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: any(check(v) for check in checks)
+
+
+def _pattern_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, dict) and all(_is_regex(k) and check(x) for k, x in v.items())
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_names = _list_of(_is_name)
+_rank = _either(_integer(1), _list_of(_integer(1)))
+_positive = _number(lambda v: v > 0)
+_alpha = _either(_positive, _list_of(_positive))
+_top_k = _either(_is_none, _integer(1))
+_fraction = _number(lambda v: 0 <= v < 1)
+_coefficient = _number(lambda v: v >= 0)
+_text = _either(_is_none, lambda v: isinstance(v, str))
+_BOOL = (_is_bool, "true or false")
+_TARGETS = (
+    _either(_is_none, lambda v: _is_name(v) and _is_regex(v), _names, lambda v: v == []),
+    "null, a list of module names or a regular expression",
+)
+_FRACTION = (_fraction, "a number in [0, 1)")
+_COEFFICIENT = (_coefficient, "a finite number >= 0")
+
+_FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_rank, "an integer >= 1, or a list of them, one per expert"),
+    "lora_alpha": (_alpha, "a finite number > 0, or a list of them, one per expert"),
+    "use_rslora": _BOOL,
+    "num_experts": (_integer(1), "an integer >= 1"),
+    "shared_lora_A": _BOOL,
+    "target_modules": (_TARGETS[0], 'null, "all-linear", a list of module names or a regular expression'),
+    "exclude_modules": _TARGETS,
+    "layers_to_transform": (
+        _either(_is_none, _integer(0), _list_of(_integer(0))),
+        "null, a layer number or a list of layer numbers",
+    ),
+    "layers_pattern": (_either(_is_none, _is_name, _names), "null, a name or a list of names"),
+    "rank_pattern": (_pattern_of(_rank), "{regular expression: rank or list of ranks}"),
+    "alpha_pattern": (_pattern_of(_alpha), "{regular expression: alpha or list of alphas}"),
+    "num_experts_pattern": (_pattern_of(_integer(1)), "{regular expression: integer >= 1}"),
+    "top_k_pattern": (_pattern_of(_top_k), "{regular expression: integer >= 1 or null}"),
+    "init_lora_weights": _BOOL,
+    "modules_to_save": (_either(_is_none, _names), "null or a list of module names"),
+    "router_bias": _BOOL,
+    "scoring_func": (lambda v: v in SCORING_FUNCS, f"one of {', '.join(SCORING_FUNCS)}"),
+    "router_temperature": (_positive, "a finite number > 0"),
+    "top_k": (_top_k, "null (dense) or an integer >= 1"),
+    "threshold": (_either(_is_none, _number(lambda v: 0 < v <= 1)), "null or a number in (0, 1]"),
+    "adaptive_threshold": _BOOL,
+    "norm_topk_prob": _BOOL,
+    "routed_scaling_factor": (_positive, "a finite number > 0"),
+    "lora_dropout": _FRACTION,
+    "expert_dropout": _FRACTION,
+    "router_jitter_noise": _FRACTION,
+    "router_aux_loss_coef": _COEFFICIENT,
+    "router_z_loss_coef": _COEFFICIENT,
+    "format_version": (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION}"),
+    "peft_type": (lambda v: v == PEFT_TYPE, PEFT_TYPE),
+    "base_model_name_or_path": (_text, "null or a string"),
+    "revision": (_text, "null or a string"),
+    "task_type": (_text, "null or a string"),
+    "inference_mode": _BOOL,
+    "auto_mapping": (_either(_is_none, lambda v: isinstance(v, dict)), "null or an object"),
+    "peft_version": (_text, "null or a string"),
+}
+
+
+def _combination_problems(c: MoeLoraConfig) -> Iterable[str]:
+    """Fields that are right alone but not together."""
+    if c.top_k is not None and c.top_k > c.num_experts:
+        yield f"top_k: found {c.top_k}, expected at most num_experts = {c.num_experts}"
+    for name, value in (("r", c.r), ("lora_alpha", c.lora_alpha)):
+        if isinstance(value, list) and len(value) != c.num_experts:
+            yield f"{name}: found {len(value)} entries, expected num_experts = {c.num_experts}"
+    if c.threshold is not None and (c.top_k is not None or any(k is not None for k in c.top_k_pattern.values())):
+        yield f"threshold: found {c.threshold} together with top_k, expected only one way to select experts"
+    if c.adaptive_threshold and c.threshold is None:
+        yield "adaptive_threshold: found true without threshold, expected threshold (its largest value)"
+    if c.adaptive_threshold and c.scoring_func == "abs_softmax":
+        yield "adaptive_threshold: found true with scoring_func abs_softmax, expected softmax or sigmoid"
+    selects = c.top_k is not None or c.threshold is not None or any(k is not None for k in c.top_k_pattern.values())
+    if not c.norm_topk_prob and c.scoring_func != "sigmoid" and not selects:
+        yield "norm_topk_prob: found false with a dense softmax, whose weights sum to 1 anyway; expected true or top_k"
+    if isinstance(c.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(c, name) is not None:
+                yield f"{name}: cannot be used when target_modules is a string, expected null"
+    elif c.layers_pattern is not None and c.layers_to_transform is None:
+        yield "layers_pattern: found without layers_to_transform, expected both"
+    if c.shared_lora_A and isinstance(c.r, list) and len(set(c.r)) > 1:
+        yield f"shared_lora_A: found true with unequal ranks {c.r}, expected one rank"

@@ -1,0 +1,22 @@
+"""From any readable layout to any writable one."""
+
+import os
+from typing import Any
+
+from interop.adapter import read, write
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: str = "native",
+    dialect: str | None = None,
+    **options: Any,
+) -> None:
+    """Reads `source` (layout `dialect`, or detected; options as for `read`) and writes it to `target` in layout `to`.
+
+    Raises:
+        CheckpointError, ConfigError: unreadable, or the target layout cannot express something.
+    """
+    write(read(source, dialect, **options), target, to)

@@ -1,0 +1,288 @@
+"""Rules with no direction: the only place where a tensor's name or an axis moves.
+
+A `Rule` says what a stored tensor *is*: a name template and axes on the stored side, a module template and axes on the
+canonical side. An axis lives either in the name (`{expert}`) or in the tensor (`expert`), on either side, so that
+stacking, unstacking, splitting, concatenating and transposing are all one statement, read both ways by `move`.
+
+    Rule("lora_A", "base_model.model.{module}.moe_lora_A", "expert rank in")            # one stacked tensor
+    Rule("lora_A", "base_model.model.{module}.lora_A{expert}.weight", "rank in")         # one tensor per expert
+    Rule("lora_A", "{module}.lora_A.weight", "(expert rank) in")                         # concatenated along the rank
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+# Canonical axes of every role. `rank` is the rank of ONE expert; experts of smaller rank are zero-padded.
+ROLES = {
+    "lora_A": "expert rank in",
+    "lora_B": "expert out rank",
+    "router": "expert in",
+    "router_bias": "expert",
+    "threshold": "in",
+    "threshold_bias": "",
+}
+AXES = frozenset({"expert", "rank", "in", "out", "layer", "unit"})
+
+Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
+"""Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a rule: a name template and the tensor's axes, e.g. `{module}.lora_b` and `expert rank out`."""
+
+    name: str
+    axes: str
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The placeholders of the template, in order."""
+        return tuple(re.findall(r"{(\w+)}", self.name))
+
+    @cached_property
+    def shape(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of each stored dimension; "(expert rank) in" gives (("expert", "rank"), ("in",))."""
+        return tuple(tuple(part.strip("()").split()) for part in re.findall(r"\([^)]*\)|\S+", self.axes))
+
+    @cached_property
+    def atoms(self) -> tuple[str, ...]:
+        """The axes one by one, joined ones apart."""
+        return tuple(itertools.chain.from_iterable(self.shape))
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        pattern = re.escape(self.name)
+        for field in self.fields:
+            value = r"0|[1-9]\d{0,8}" if field in AXES else r".+"
+            pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{value})", 1)
+        return re.compile(pattern)
+
+    def bind(self, name: str) -> dict[str, str] | None:
+        """The placeholders' values in `name`, or None where it does not match."""
+        found = self.regex.fullmatch(name)
+        return found.groupdict() if found else None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one family of stored tensors is.
+
+    Args:
+        role: a key of `ROLES`.
+        key: stored name template.
+        axes: stored axes; parentheses join several into one dimension.
+        module: template of the canonical module path.
+    """
+
+    role: str
+    key: str
+    axes: str
+    module: str = "{module}"
+
+    @cached_property
+    def stored(self) -> Side:
+        return Side(self.key, self.axes)
+
+    @cached_property
+    def canonical(self) -> Side:
+        return Side(f"{self.module}|{self.role}", ROLES[self.role])
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A checkpoint layout, as data. `source` says where the layout comes from (repo@commit)."""
+
+    name: str
+    source: str
+    rules: tuple[Rule, ...]
+
+    def claim(self, key: str, ndim: int) -> tuple[Rule, dict[str, str]] | None:
+        """The most specific rule for a stored key (shortest wildcards, then fewest axes) and its bindings."""
+        matches = [
+            (sum(len(v) for k, v in found.items() if k not in AXES), len(rule.stored.shape), i, rule, found)
+            for i, rule in enumerate(self.rules)
+            if len(rule.stored.shape) == ndim and (found := rule.stored.bind(key)) is not None
+        ]
+        return min(matches)[3:] if matches else None
+
+
+def decode(
+    dialect: Dialect, stored: Mapping[str, np.ndarray], sizes: Sizes
+) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+    """Stored tensors -> ({(module, role): canonical tensor}, problems). Values are moved, never changed."""
+    by_rule: dict[Rule, dict[str, np.ndarray]] = {}
+    problems = []
+    for key, tensor in stored.items():
+        claimed = dialect.claim(key, tensor.ndim)
+        if claimed is None:
+            problems.append(
+                f"{key} {list(tensor.shape)}: unexpected tensor, no rule of layout {dialect.name!r} describes it"
+            )
+        else:
+            by_rule.setdefault(claimed[0], {})[key] = tensor
+    canonical: dict[tuple[str, str], np.ndarray] = {}
+    for rule, tensors in by_rule.items():
+        for name, tensor in move(tensors, rule.stored, rule.canonical, sizes, problems):
+            module, role = name.rsplit("|", 1)
+            if (module, role) in canonical:
+                problems.append(f"{module} {role}: stored twice, under different names")
+            canonical[module, role] = tensor
+    return canonical, problems
+
+
+def encode(
+    dialect: Dialect, canonical: Mapping[tuple[str, str], np.ndarray], sizes: Sizes
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Canonical tensors -> (stored tensors, problems): `decode` read from the other side."""
+    by_rule: dict[Rule, dict[str, np.ndarray]] = {}
+    problems = []
+    for (module, role), tensor in canonical.items():
+        rule = next(
+            (r for r in dialect.rules if r.role == role and r.canonical.bind(f"{module}|{role}") is not None), None
+        )
+        if rule is None:
+            problems.append(f"{module} {role}: layout {dialect.name!r} has no place for it")
+        else:
+            by_rule.setdefault(rule, {})[f"{module}|{role}"] = tensor
+    stored: dict[str, np.ndarray] = {}
+    for rule, tensors in by_rule.items():
+        stored.update(move(tensors, rule.canonical, rule.stored, sizes, problems))
+    return stored, problems
+
+
+def move(
+    tensors: Mapping[str, np.ndarray], source: Side, target: Side, sizes: Sizes, problems: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Moves tensors from one side of a rule to the other; problems are appended, the tensors concerned left out."""
+    groups: dict[tuple[tuple[str, str], ...], dict[tuple[int, ...], str]] = {}
+    stacked = tuple(f for f in source.fields if f in AXES and f not in target.fields)
+    for name in tensors:
+        bound = source.bind(name)
+        assert bound is not None
+        shared = tuple((k, v) for k, v in bound.items() if k not in stacked)
+        groups.setdefault(shared, {})[tuple(int(bound[a]) for a in stacked)] = name
+    for shared, names in groups.items():
+        try:
+            yield from _move_group(tensors, dict(shared), names, stacked, source, target, sizes)
+        except _Misfit as misfit:
+            problems.extend(misfit.problems)
+
+
+class _Misfit(Exception):
+    def __init__(self, *problems: str):
+        self.problems = problems
+
+
+def _move_group(
+    tensors: Mapping[str, np.ndarray],
+    shared: dict[str, str],
+    names: dict[tuple[int, ...], str],
+    stacked: tuple[str, ...],
+    source: Side,
+    target: Side,
+    sizes: Sizes,
+) -> Iterator[tuple[str, np.ndarray]]:
+    canonical = target if "|" in target.name else source
+    known = sizes(canonical.name.rsplit("|", 1)[0].format(**shared))
+    array = _stack(tensors, shared, names, stacked, source, known)
+    atoms = [*stacked, *source.atoms]
+    counts, dims = array.shape[: len(stacked)], array.shape[len(stacked) :]
+    array = array.reshape((*counts, *_split(dims, source, known, names)))
+
+    unstacked = tuple(f for f in target.fields if f in AXES and f not in source.fields)
+    wanted = [*unstacked, *target.atoms]
+    for axis in [a for a in atoms if a not in wanted]:  # an axis absent on the other side has size 1
+        where = atoms.index(axis)
+        if array.shape[where] != 1:
+            raise _Misfit(f"{_first(names)}: axis {axis!r} has size {array.shape[where]}, this layout can hold only 1")
+        array = array.reshape(array.shape[:where] + array.shape[where + 1 :])
+        atoms.remove(axis)
+    for axis in [a for a in wanted if a not in atoms]:
+        array = array[None]
+        atoms.insert(0, axis)
+    array = array.transpose([atoms.index(a) for a in wanted])
+
+    for axis, size in zip(unstacked, array.shape, strict=False):
+        if axis == "expert" and "expert" in known and size != known["expert"]:
+            raise _Misfit(f"{_first(names)}: has {size} experts, this layout names {known['expert']} of them")
+    for index in np.ndindex(array.shape[: len(unstacked)]):
+        places = dict(zip(unstacked, index, strict=True))
+        part = _cut_rank(array[index], target, places, known)
+        shape = _joined(part.shape, target)
+        yield target.name.format(**shared, **places), part.reshape(shape)
+
+
+def _stack(
+    tensors: Mapping[str, np.ndarray],
+    shared: dict[str, str],
+    names: dict[tuple[int, ...], str],
+    stacked: tuple[str, ...],
+    source: Side,
+    known: Mapping[str, int | tuple[int, ...]],
+) -> np.ndarray:
+    """Puts the tensors that differ by a number in their name side by side, zero-padding unequal ranks."""
+    if not stacked:
+        return tensors[names[()]]
+    counts = [known.get(axis, 1 + max(i[n] for i in names)) for n, axis in enumerate(stacked)]
+    grid = list(itertools.product(*(range(int(c)) for c in counts)))  # type: ignore[arg-type]
+    label = lambda index: source.name.format(**shared, **dict(zip(stacked, index, strict=True)))  # noqa: E731
+    problems = [f"{label(i)}: missing tensor" for i in grid if i not in names]
+    problems += [f"{names[i]}: unexpected tensor, {stacked} counts to {counts}" for i in names if i not in set(grid)]
+    if problems:
+        raise _Misfit(*problems)
+    parts = [tensors[names[i]] for i in grid]
+    if len({p.dtype for p in parts}) > 1:
+        found = ", ".join(sorted({str(p.dtype) for p in parts}))
+        raise _Misfit(f"{_first(names)}: the experts' dtypes differ ({found}), expected one dtype")
+    shape = tuple(max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True))
+    out = np.zeros((len(parts), *shape), parts[0].dtype)
+    for n, part in enumerate(parts):
+        ragged = [d for d, axes in enumerate(source.shape) if part.shape[d] != shape[d] and axes != ("rank",)]
+        if ragged:
+            raise _Misfit(f"{names[grid[n]]}: shape {list(part.shape)}, expected {list(shape)} like its siblings")
+        out[(n, *(slice(s) for s in part.shape))] = part
+    return out.reshape((*(int(c) for c in counts), *shape))  # type: ignore[arg-type]
+
+
+def _split(
+    shape: tuple[int, ...], side: Side, known: Mapping[str, int | tuple[int, ...]], names: dict[tuple[int, ...], str]
+) -> Iterator[int]:
+    """Sizes of the axes one by one; one axis of a joined dimension may be unknown and is then computed."""
+    for size, axes in zip(shape, side.shape, strict=True):
+        parts = [_size(known, a) if len(axes) > 1 else size for a in axes]
+        unknown = parts.count(None)
+        rest = int(np.prod([p for p in parts if p is not None], dtype=np.int64))
+        if unknown > 1 or (unknown == 0 and rest != size) or rest == 0 or size % rest:
+            raise _Misfit(f"{_first(names)}: dimension ({' '.join(axes)}) has size {size}, expected {parts} multiplied")
+        yield from (size // rest if p is None else p for p in parts)
+
+
+def _size(known: Mapping[str, int | tuple[int, ...]], axis: str) -> int | None:
+    value = known.get(axis)
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _joined(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
+    sizes = iter(shape)
+    return tuple(int(np.prod([next(sizes) for _ in axes], dtype=np.int64)) for axes in side.shape)
+
+
+def _cut_rank(
+    array: np.ndarray, side: Side, places: Mapping[str, int], known: Mapping[str, int | tuple[int, ...]]
+) -> np.ndarray:
+    """Removes the zero padding of an expert that is stored on its own."""
+    ranks = known.get("rank")
+    if "expert" not in places or "rank" not in side.atoms or not isinstance(ranks, tuple):
+        return array
+    rank = ranks[places["expert"]]
+    cuts = [slice(rank if axis == "rank" else size) for axis, size in zip(side.atoms, array.shape, strict=True)]
+    return array[tuple(cuts)]
+
+
+def _first(names: dict[tuple[int, ...], str]) -> str:
+    return names[min(names)]

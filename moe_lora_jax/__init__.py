@@ -1,0 +1,21 @@
+"""Mixture-of-LoRA-experts fine-tuning in Flax NNX: apply, train, save, load."""
+
+from interop.config import MoeLoraConfig
+from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
+from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
+from moe_lora_jax.experts import MoeLoraParam
+from moe_lora_jax.layers import MoeLoraLinear
+from moe_lora_jax.router import Router, RouterOutput
+
+__all__ = [
+    "MoeLoraConfig",
+    "MoeLoraLinear",
+    "MoeLoraParam",
+    "Router",
+    "RouterOutput",
+    "apply_moe_lora",
+    "load_adapter",
+    "remove_moe_lora",
+    "save_pretrained",
+    "to_adapter",
+]

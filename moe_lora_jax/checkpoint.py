@@ -1,0 +1,103 @@
+"""Between an NNX model and an `interop.Adapter`: the parameter tree is one more layout."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import interop
+from interop.adapter import Adapter, config_sizes
+from interop.dialects import JAX_TREE
+from interop.errors import CheckpointError
+from interop.rules import decode, encode
+from moe_lora_jax.apply import apply_moe_lora, moe_lora_layers
+from moe_lora_jax.experts import MoeLoraParam
+
+
+def to_adapter(model: Any) -> Adapter:
+    """The adapter that `model` carries, as numpy arrays in canonical axes.
+
+    Raises:
+        CheckpointError: the model carries none.
+    """
+    if not moe_lora_layers(model):
+        raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
+    stored = {path: np.asarray(jax.device_get(leaf)) for path, leaf in _leaves(model).items()}
+    config = model.moe_lora_config
+    tensors, problems = decode(JAX_TREE, stored, config_sizes(config))
+    if problems:
+        raise CheckpointError("the model's adapter variables do not form an adapter", problems)
+    return Adapter(config, tensors)
+
+
+def save_pretrained(model: nnx.Module, directory: str | os.PathLike[str]) -> None:
+    """Writes the model's adapter to `directory` in the native layout, which PEFT reads with `interop.peft_tuner`.
+
+    Raises:
+        CheckpointError: the model has no adapter, or the directory cannot be written.
+    """
+    interop.write(to_adapter(model), directory)
+
+
+def load_adapter(
+    model: nnx.Module,
+    source: str | os.PathLike[str] | Adapter,
+    *,
+    dialect: str | None = None,
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> nnx.Module:
+    """Applies a stored adapter's config to a base model, in place, then its weights. Returns the model.
+
+    Args:
+        model: a base model without an adapter.
+        source: a directory in any readable layout, or an `interop.Adapter`.
+        dialect, options: as for `interop.read`.
+        rngs: stream "dropout", for training on; default `nnx.Rngs(0)`.
+
+    Raises:
+        CheckpointError: unreadable, or for another base model: every module that is missing there or has other sizes is
+            listed, and the model is left as it was.
+    """
+    adapter = source if isinstance(source, Adapter) else interop.read(source, dialect, **options)
+    config = adapter.config
+    if config.modules_to_save:
+        raise CheckpointError(
+            "cannot be loaded in JAX", [f"modules_to_save: found {config.modules_to_save}, expected null: PyTorch only"]
+        )
+    _check_fits(model, adapter)
+    dtype = next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
+    apply_moe_lora(model, config, rngs=rngs or nnx.Rngs(0), param_dtype=dtype)
+    leaves = _leaves(model)
+    stored, problems = encode(JAX_TREE, adapter.tensors, config_sizes(config))
+    assert not problems and stored.keys() == leaves.keys(), "the tensors were checked against the config"
+    state = nnx.state(model, MoeLoraParam)
+    flat = {
+        path: variable.replace(jnp.asarray(stored[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(state)
+    }
+    nnx.update(model, nnx.from_flat_state(flat))
+    return model
+
+
+def _leaves(model: nnx.Module) -> dict[str, jax.Array]:
+    flat = nnx.to_flat_state(nnx.state(model, MoeLoraParam))
+    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+
+
+def _check_fits(model: nnx.Module, adapter: Adapter) -> None:
+    linears = {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear)}
+    problems = []
+    for module in adapter.modules:
+        if module not in linears:
+            problems.append(f"{module}: the base model has no linear layer of this name")
+            continue
+        found = (adapter.tensors[module, "lora_A"].shape[-1], adapter.tensors[module, "lora_B"].shape[1])
+        expected = (linears[module].in_features, linears[module].out_features)
+        if found != expected:
+            problems.append(f"{module}: the adapter is for in, out = {found}, the base model has {expected}")
+    if problems:
+        raise CheckpointError("the adapter is for another base model", problems)

@@ -1,0 +1,76 @@
+"""From router logits to expert weights: one composition of score, selection and normalisation, for every method."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from interop.config import ModuleConfig, MoeLoraConfig
+
+
+@dataclass(frozen=True)
+class Gating:
+    """The routing rule of one module; see `interop.config` for the formula of every field."""
+
+    top_k: int | None
+    scoring_func: str
+    router_temperature: float
+    threshold: float | None
+    adaptive_threshold: bool
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+    @classmethod
+    def of(cls, config: MoeLoraConfig, sizes: ModuleConfig) -> "Gating":
+        fields = {name: getattr(config, name) for name in cls.__dataclass_fields__ if name != "top_k"}
+        return cls(top_k=sizes.top_k, **fields)
+
+
+def compute_gates(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = None) -> jax.Array:
+    """Weights of the experts, [..., expert] fp32, from router logits z = R x + b, [..., expert] fp32.
+
+    Args:
+        logits: already divided by the temperature (`Router` does it).
+        gating: the rule.
+        tau: threshold on the scores, [..., 1], a number, or None for no threshold.
+
+    A normalised softmax over the kept experts is computed as the softmax of the kept logits: exact zeros elsewhere, an
+    exactly zero gradient where only one expert is kept, and zeros (not NaN) where none is.
+    """
+    z = jnp.abs(logits) if gating.scoring_func == "abs_softmax" else logits
+    score = jax.nn.sigmoid(z) if gating.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
+    keep = jnp.ones(z.shape, bool)
+    if gating.top_k is not None and gating.top_k < z.shape[-1]:
+        keep = rank_descending(z) < gating.top_k
+    if tau is not None:
+        keep = score >= tau
+
+    if gating.norm_topk_prob and gating.scoring_func != "sigmoid" and not gating.adaptive_threshold:
+        weights = _masked_softmax(z, keep)
+    else:
+        kept = score - tau if gating.adaptive_threshold and tau is not None else score
+        weights = jnp.where(keep, kept, 0.0)
+        if gating.norm_topk_prob:
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
+    return weights * gating.routed_scaling_factor
+
+
+def rank_descending(z: jax.Array) -> jax.Array:
+    """Place of every entry in descending order along the last axis; of equal entries the first comes first.
+
+    A count of pairs instead of a sort: the same in every framework (torch.topk breaks ties differently), and faster for
+    the few experts of a mixture.
+    """
+    index = jnp.arange(z.shape[-1])
+    mine, other = z[..., :, None], z[..., None, :]
+    before = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
+    return jnp.sum(before, axis=-1)
+
+
+def _masked_softmax(z: jax.Array, keep: jax.Array) -> jax.Array:
+    kept = jnp.where(keep, z, -jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.max(kept, axis=-1, keepdims=True))
+    shifted = jnp.exp(jnp.where(keep, z - jnp.where(jnp.isfinite(largest), largest, 0.0), -jnp.inf))
+    total = jnp.sum(shifted, axis=-1, keepdims=True)
+    return jnp.where(total > 0, shifted / jnp.where(total > 0, total, 1.0), 0.0)
