@@ -1,6 +1,7 @@
 """Mixture-of-LoRA checkpoints, framework-free: read, write, convert, inspect, verify. Imports neither jax nor torch."""
 
-from interop.adapter import Adapter, detect, read, write
+from interop.adapter import Adapter
+from interop.checkpoint import detect, read, write
 from interop.checks import Finding, Inspection, inspect, verify
 from interop.config import MoeLoraConfig
 from interop.conversion import convert

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from interop import files
-from interop.adapter import METADATA, Adapter, detect, read
+from interop.adapter import Adapter
 from interop.card import routing_rule
+from interop.checkpoint import METADATA, detect, read
 from interop.config import MoeLoraConfig
 from interop.digest import NAME as DIGEST
 from interop.errors import CheckpointError, ConfigError

@@ -10,23 +10,32 @@ The forward pass that a config describes, for a target linear layer W0 with expe
     s_e    = lora_alpha_e / r_e, or lora_alpha_e / sqrt(r_e) with use_rslora
 
 A module with one expert has no router: it is plain LoRA, y = W0 x + s B A x.
+
+Where the router stands (`scope`), what it reads (`router_input`) and what is mixed (`mix`):
+
+    linear, hidden   one router per target linear layer; x is that layer's input
+    ffn, hidden      one router per feed-forward block; x is the block's input, and whole expert blocks are mixed:
+                     FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e being W0 + s_e B_e A_e (MixLoRA)
+    model, hidden    one MLP router for the model; x is the last hidden state (after the final norm) of a first pass
+                     without the adapter (X-LoRA); layerwise: E logits for each target module, in module_order
+    task             z = R(T[task]), T a table [task, dim]; with task_embedding_dim None the table's rows are the logits
+    mix = weights    A = [sum_e g_qe A_e,q for q in splits], B likewise, y = W0 x + s B A x (Poly, MHR): the input of A
+                     and the output of B are cut into n_splits parts, each with its own gates
 """
 
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from interop import validation
 from interop.errors import ConfigError
 from interop.targets import Targets
-
-FORMAT_VERSION = 1
-PEFT_TYPE = "MOE_LORA"
-SCORING_FUNCS = ("softmax", "abs_softmax", "sigmoid")
+from interop.validation import FORMAT_VERSION, PEFT_TYPE
 
 # Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes.
 BOOKKEEPING = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
@@ -49,6 +58,17 @@ class MoeLoraConfig:
             first that matches the end of the module's path wins, as in PEFT.
         init_lora_weights: True: B = 0, so the adapter starts as the identity. False: B random (for tests).
         modules_to_save: modules trained and saved whole beside the adapter (PyTorch only).
+        scope: where the router stands: "linear", "ffn" (arXiv:2404.15159) or "model" (arXiv:2402.07148).
+        router_input: "hidden" or "task" (task ids are then given at call time).
+        router_depth: linear layers of the router, with ReLU between; more than one only in model scope. 0: the task
+            table itself holds the logits.
+        router_hidden_size: width between the router's layers.
+        num_tasks: rows of the task table; ids run from 0 to num_tasks - 1.
+        task_embedding_dim: width of the task table; None if its rows are the logits.
+        layerwise: the model's router emits separate weights for every target module.
+        module_order: the modules in the order of a layerwise router's rows; filled in by `apply` and by readers.
+        mix: "outputs" or "weights" (arXiv:2202.13914).
+        n_splits: parts of input and output with gates of their own, with mix = "weights" (arXiv:2211.03831).
         router_bias: whether the router has a bias b.
         scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157) or "sigmoid".
         router_temperature: divides the logits (and |logits|).
@@ -60,6 +80,7 @@ class MoeLoraConfig:
         routed_scaling_factor: multiplies every weight of a routed module.
         lora_dropout: dropout on the experts' input, in training.
         expert_dropout: dropout on the gates (kept ones scaled by 1/(1-p)), in training.
+        router_dropout: dropout between the layers of a deep router, in training.
         router_jitter_noise: eps; the router's input is multiplied by U(1-eps, 1+eps), in training.
         router_aux_loss_coef, router_z_loss_coef: coefficients of the load-balancing and of the z loss.
         format_version: version of the native file format.
@@ -85,6 +106,16 @@ class MoeLoraConfig:
     init_lora_weights: bool = True
     modules_to_save: list[str] | None = None
 
+    scope: str = "linear"
+    router_input: str = "hidden"
+    router_depth: int = 1
+    router_hidden_size: int | None = None
+    num_tasks: int | None = None
+    task_embedding_dim: int | None = None
+    layerwise: bool = False
+    module_order: list[str] | None = None
+    mix: str = "outputs"
+    n_splits: int = 1
     router_bias: bool = False
     scoring_func: str = "softmax"
     router_temperature: float = 1.0
@@ -96,6 +127,7 @@ class MoeLoraConfig:
 
     lora_dropout: float = 0.0
     expert_dropout: float = 0.0
+    router_dropout: float = 0.0
     router_jitter_noise: float = 0.0
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
@@ -114,13 +146,7 @@ class MoeLoraConfig:
             object.__setattr__(self, field.name, _as_json(getattr(self, field.name)))
         if isinstance(self.target_modules, list) and all(isinstance(t, str) for t in self.target_modules):
             object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
-        problems = [
-            f"{name}: found {value!r}, expected {allowed}"
-            for name, (is_allowed, allowed) in _FIELD_RULES.items()
-            if not is_allowed(value := getattr(self, name))
-        ]
-        if not problems:
-            problems = list(_combination_problems(self))
+        problems = validation.problems(self)
         if problems:
             raise ConfigError("invalid MoeLoraConfig", problems)
 
@@ -157,6 +183,10 @@ class MoeLoraConfig:
             problems.append(f"{module}: top_k is {top_k}, expected at most {experts} (num_experts of this module)")
         if self.shared_lora_A and len(set(ranks)) > 1:
             problems.append(f"{module}: shared_lora_A with unequal ranks {list(ranks)}, expected one rank")
+        if self.mix == "weights" and (len(set(ranks)) > 1 or len(set(alphas)) > 1):
+            problems.append(f"{module}: mix = weights with unequal r or lora_alpha, expected one of each")
+        if self.scope == "model" and experts not in (1, self.num_experts):
+            problems.append(f"{module}: num_experts is {experts}, expected {self.num_experts} (one router) or 1 (none)")
         if problems:
             raise ConfigError("the patterns do not fit together", problems)
         return ModuleConfig(experts, ranks, alphas, self.use_rslora, top_k, self.shared_lora_A)
@@ -247,131 +277,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_as_json(v) for v in value]
     return str(value.value) if isinstance(value, Enum) else value
-
-
-# --- validation: one line per field ---------------------------------------------------------------------------------
-
-
-def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
-
-
-def _number(is_in_range: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and is_in_range(v)
-
-
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, list) and len(v) > 0 and all(check(x) for x in v)
-
-
-def _either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: any(check(v) for check in checks)
-
-
-def _pattern_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, dict) and all(_is_regex(k) and check(x) for k, x in v.items())
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        re.compile(value)
-    except (re.error, TypeError, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-_names = _list_of(_is_name)
-_rank = _either(_integer(1), _list_of(_integer(1)))
-_positive = _number(lambda v: v > 0)
-_alpha = _either(_positive, _list_of(_positive))
-_top_k = _either(_is_none, _integer(1))
-_fraction = _number(lambda v: 0 <= v < 1)
-_coefficient = _number(lambda v: v >= 0)
-_text = _either(_is_none, lambda v: isinstance(v, str))
-_BOOL = (_is_bool, "true or false")
-_TARGETS = (
-    _either(_is_none, lambda v: _is_name(v) and _is_regex(v), _names, lambda v: v == []),
-    "null, a list of module names or a regular expression",
-)
-_FRACTION = (_fraction, "a number in [0, 1)")
-_COEFFICIENT = (_coefficient, "a finite number >= 0")
-
-_FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_rank, "an integer >= 1, or a list of them, one per expert"),
-    "lora_alpha": (_alpha, "a finite number > 0, or a list of them, one per expert"),
-    "use_rslora": _BOOL,
-    "num_experts": (_integer(1), "an integer >= 1"),
-    "shared_lora_A": _BOOL,
-    "target_modules": (_TARGETS[0], 'null, "all-linear", a list of module names or a regular expression'),
-    "exclude_modules": _TARGETS,
-    "layers_to_transform": (
-        _either(_is_none, _integer(0), _list_of(_integer(0))),
-        "null, a layer number or a list of layer numbers",
-    ),
-    "layers_pattern": (_either(_is_none, _is_name, _names), "null, a name or a list of names"),
-    "rank_pattern": (_pattern_of(_rank), "{regular expression: rank or list of ranks}"),
-    "alpha_pattern": (_pattern_of(_alpha), "{regular expression: alpha or list of alphas}"),
-    "num_experts_pattern": (_pattern_of(_integer(1)), "{regular expression: integer >= 1}"),
-    "top_k_pattern": (_pattern_of(_top_k), "{regular expression: integer >= 1 or null}"),
-    "init_lora_weights": _BOOL,
-    "modules_to_save": (_either(_is_none, _names), "null or a list of module names"),
-    "router_bias": _BOOL,
-    "scoring_func": (lambda v: v in SCORING_FUNCS, f"one of {', '.join(SCORING_FUNCS)}"),
-    "router_temperature": (_positive, "a finite number > 0"),
-    "top_k": (_top_k, "null (dense) or an integer >= 1"),
-    "threshold": (_either(_is_none, _number(lambda v: 0 < v <= 1)), "null or a number in (0, 1]"),
-    "adaptive_threshold": _BOOL,
-    "norm_topk_prob": _BOOL,
-    "routed_scaling_factor": (_positive, "a finite number > 0"),
-    "lora_dropout": _FRACTION,
-    "expert_dropout": _FRACTION,
-    "router_jitter_noise": _FRACTION,
-    "router_aux_loss_coef": _COEFFICIENT,
-    "router_z_loss_coef": _COEFFICIENT,
-    "format_version": (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION}"),
-    "peft_type": (lambda v: v == PEFT_TYPE, PEFT_TYPE),
-    "base_model_name_or_path": (_text, "null or a string"),
-    "revision": (_text, "null or a string"),
-    "task_type": (_text, "null or a string"),
-    "inference_mode": _BOOL,
-    "auto_mapping": (_either(_is_none, lambda v: isinstance(v, dict)), "null or an object"),
-    "peft_version": (_text, "null or a string"),
-}
-
-
-def _combination_problems(c: MoeLoraConfig) -> Iterable[str]:
-    """Fields that are right alone but not together."""
-    if c.top_k is not None and c.top_k > c.num_experts:
-        yield f"top_k: found {c.top_k}, expected at most num_experts = {c.num_experts}"
-    for name, value in (("r", c.r), ("lora_alpha", c.lora_alpha)):
-        if isinstance(value, list) and len(value) != c.num_experts:
-            yield f"{name}: found {len(value)} entries, expected num_experts = {c.num_experts}"
-    if c.threshold is not None and (c.top_k is not None or any(k is not None for k in c.top_k_pattern.values())):
-        yield f"threshold: found {c.threshold} together with top_k, expected only one way to select experts"
-    if c.adaptive_threshold and c.threshold is None:
-        yield "adaptive_threshold: found true without threshold, expected threshold (its largest value)"
-    if c.adaptive_threshold and c.scoring_func == "abs_softmax":
-        yield "adaptive_threshold: found true with scoring_func abs_softmax, expected softmax or sigmoid"
-    selects = c.top_k is not None or c.threshold is not None or any(k is not None for k in c.top_k_pattern.values())
-    if not c.norm_topk_prob and c.scoring_func != "sigmoid" and not selects:
-        yield "norm_topk_prob: found false with a dense softmax, whose weights sum to 1 anyway; expected true or top_k"
-    if isinstance(c.target_modules, str):
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(c, name) is not None:
-                yield f"{name}: cannot be used when target_modules is a string, expected null"
-    elif c.layers_pattern is not None and c.layers_to_transform is None:
-        yield "layers_pattern: found without layers_to_transform, expected both"
-    if c.shared_lora_A and isinstance(c.r, list) and len(set(c.r)) > 1:
-        yield f"shared_lora_A: found true with unequal ranks {c.r}, expected one rank"

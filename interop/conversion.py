@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from interop.adapter import read, write
+from interop.checkpoint import read, write
 
 
 def convert(

@@ -124,9 +124,11 @@ def replace_files(directory: Path, writers: Mapping[str, Callable[[Path], None]]
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             for name, write in writers.items():
+                Path(scratch, name).parent.mkdir(parents=True, exist_ok=True)
                 write(Path(scratch, name))
                 _sync(Path(scratch, name))
             for name in writers:
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(scratch, name), directory / name)
         _sync(directory)
     except (OSError, SafetensorError) as error:

@@ -7,70 +7,133 @@ import numpy as np
 
 from interop.config import MoeLoraConfig
 from interop.errors import ConfigError
-from interop.rules import ROLES
+from interop.rules import axes_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+Slot = tuple[str, str]
 
 
-def layout_problems(config: MoeLoraConfig, tensors: Mapping[tuple[str, str], np.ndarray]) -> list[str]:
+def layout_problems(config: MoeLoraConfig, tensors: Mapping[Slot, np.ndarray]) -> list[str]:
     """Everything in which canonical tensors differ from what the config implies; empty if nothing."""
-    modules: dict[str, dict[str, np.ndarray]] = {}
+    modules = sorted({module for module, role in tensors if role in ("lora_A", "lora_B")})
+    problems = list(_target_problems(config, modules))
+    try:
+        expected = expected_tensors(config, modules)
+    except ConfigError as error:
+        return [*problems, *error.problems]
+    problems += [f"{_label(*slot)}: missing tensor" for slot in expected if slot not in tensors]
+    known: dict[str, dict[str, int]] = {}
     for (module, role), tensor in tensors.items():
-        modules.setdefault(module, {})[role] = tensor
-    problems = list(_target_problems(config, list(modules)))
-    for module, of_module in modules.items():
-        try:
-            problems.extend(_module_problems(config, module, of_module))
-        except ConfigError as error:
-            problems.extend(error.problems)
+        if (module, role) not in expected:
+            problems.append(f"{_label(module, role)} {list(tensor.shape)}: unexpected tensor, the config implies none")
+            continue
+        sizes = {**known.get(module, {}), **expected[module, role]}
+        found = dict(_shape_problems(_label(module, role), role, tensor, sizes))
+        problems.extend(found.values())
+        if not found and role in ("lora_A", "router"):
+            known.setdefault(module, {}).setdefault("in", tensor.shape[-1])
+    for module in modules:
+        dtypes = {tensors[module, role].dtype.name for role in ("lora_A", "lora_B") if (module, role) in tensors}
+        if len(dtypes) > 1:
+            problems.append(f"{module}: lora_A and lora_B are {' and '.join(sorted(dtypes))}, expected one dtype")
     return problems
 
 
-def expected_roles(config: MoeLoraConfig, module: str) -> list[str]:
-    """The roles that a module has under this config."""
-    roles = ["lora_A", "lora_B"]
-    if config.for_module(module).has_router:
-        roles += ["router"] + ["router_bias"] * config.router_bias
-        roles += ["threshold", "threshold_bias"] * config.adaptive_threshold
-    return roles
+def expected_tensors(config: MoeLoraConfig, modules: list[str]) -> dict[Slot, dict[str, int]]:
+    """{(module, role): sizes of the axes that the config determines} for an adapter on `modules`.
+
+    Raises:
+        ConfigError: the config does not fit these modules.
+    """
+    expected: dict[Slot, dict[str, int]] = {}
+    routed = []
+    for module in modules:
+        sizes = config.for_module(module)
+        ranks = {"rank": sizes.rank}
+        expected[module, "lora_A"] = {"expert": 1 if config.shared_lora_A else sizes.num_experts} | ranks
+        expected[module, "lora_B"] = {"expert": sizes.num_experts} | ranks
+        if sizes.has_router:
+            routed.append(module)
+    for owner in router_owners(config, routed):
+        experts = config.for_module(owner).num_experts if owner else config.num_experts
+        logits = experts * config.n_splits * (len(routed) if config.layerwise else 1)
+        expected |= _router_tensors(config, owner, logits)
+    return expected
 
 
-def _module_problems(config: MoeLoraConfig, module: str, tensors: Mapping[str, np.ndarray]) -> Iterator[str]:
-    expected = expected_roles(config, module)
-    for role in expected:
-        if role not in tensors:
-            yield f"{module} {role}: missing tensor"
-    sizes = config.for_module(module)
-    known: dict[str, int] = {"rank": sizes.rank, "expert": sizes.num_experts}
-    for role, tensor in tensors.items():
-        axes = ROLES.get(role, "").split()
-        if role not in expected:
-            yield f"{module} {role} {list(tensor.shape)}: unexpected tensor, the config implies {', '.join(expected)}"
-            continue
-        if tensor.dtype.name not in DTYPES:
-            yield f"{module} {role}: dtype {tensor.dtype.name}, expected one of {', '.join(DTYPES)}"
-        if len(axes) != tensor.ndim:
-            yield f"{module} {role}: shape {list(tensor.shape)}, expected {len(axes)} axes [{', '.join(axes)}]"
-            continue
-        if 0 in tensor.shape:
-            yield f"{module} {role}: shape {list(tensor.shape)} is empty, expected [{', '.join(axes)}]"
-        for axis, found in zip(axes, tensor.shape, strict=True):
-            wanted = (
-                1 if axis == "expert" and role == "lora_A" and sizes.shared_lora_A else known.setdefault(axis, found)
-            )
-            if found != wanted:
-                yield (
-                    f"{module} {role}: shape {list(tensor.shape)} [{', '.join(axes)}], found {axis} = {found}, "
-                    f"expected {wanted}"
-                )
-    dtypes = {tensors[role].dtype.name for role in ("lora_A", "lora_B") if role in tensors}
-    if len(dtypes) > 1:
-        yield f"{module}: lora_A and lora_B have dtypes {' and '.join(sorted(dtypes))}, expected one dtype"
+def router_owners(config: MoeLoraConfig, routed: list[str]) -> list[str]:
+    """Where the routers of these modules stand: at each module, at its feed-forward block, or at the model ("").
+
+    Raises:
+        ConfigError: the modules of a feed-forward block have different numbers of experts.
+    """
+    if config.scope == "linear":
+        return routed
+    if config.scope == "model":
+        return [""] if routed else []
+    blocks: dict[str, dict[str, int]] = {}
+    for module in routed:
+        blocks.setdefault(block_of(module), {})[module] = config.for_module(module).num_experts
+    uneven = [
+        f"{block}: its layers have different num_experts {experts}, expected {config.for_module(block).num_experts}"
+        for block, experts in blocks.items()
+        if set(experts.values()) != {config.for_module(block).num_experts}
+    ]
+    if uneven:
+        raise ConfigError("one router per feed-forward block needs one num_experts", uneven)
+    return list(blocks)
+
+
+def block_of(module: str) -> str:
+    """The feed-forward block that a linear layer belongs to: its parent."""
+    return module.rpartition(".")[0]
+
+
+def _router_tensors(config: MoeLoraConfig, owner: str, logits: int) -> dict[Slot, dict[str, int]]:
+    tensors: dict[Slot, dict[str, int]] = {}
+    if config.router_input == "task":
+        tensors[owner, "task_embedding"] = {"task": config.num_tasks or 0, "dim": config.task_embedding_dim or logits}
+    if config.scope != "model":
+        if config.router_depth:
+            tensors[owner, "router"] = {"logit": logits}
+            if config.router_bias:
+                tensors[owner, "router_bias"] = {"logit": logits}
+        if config.adaptive_threshold:
+            tensors |= {(owner, "threshold"): {}, (owner, "threshold_bias"): {}}
+        return tensors
+    for j in range(config.router_depth):
+        units = logits if j == config.router_depth - 1 else config.router_hidden_size or 0
+        first = {"in": config.task_embedding_dim} if config.task_embedding_dim else {}
+        inputs = first if j == 0 else {"in": config.router_hidden_size or 0}
+        tensors[owner, f"router_{j}"] = {"unit": units} | inputs
+        if config.router_bias:
+            tensors[owner, f"router_bias_{j}"] = {"unit": units}
+    return tensors
+
+
+def _shape_problems(label: str, role: str, tensor: np.ndarray, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    axes = axes_of(role).split()
+    shape = f"{label}: shape {list(tensor.shape)}"
+    if tensor.dtype.name not in DTYPES:
+        yield "dtype", f"{label}: dtype {tensor.dtype.name}, expected one of {', '.join(DTYPES)}"
+    if len(axes) != tensor.ndim:
+        yield "axes", f"{shape}, expected {len(axes)} axes [{', '.join(axes)}]"
+        return
+    for axis, found in zip(axes, tensor.shape, strict=True):
+        wanted = sizes.get(axis, found)
+        if found != wanted or found == 0:
+            yield axis, f"{shape} [{', '.join(axes)}], found {axis} = {found}, expected {wanted or 'at least 1'}"
+
+
+def _label(module: str, role: str) -> str:
+    return f"{module} {role}" if module else f"(model) {role}"
 
 
 def _target_problems(config: MoeLoraConfig, modules: list[str]) -> Iterator[str]:
     """Whole modules that are missing or too many, as far as the config's targets tell without the base model."""
     targets = config.targets
+    if not modules:
+        yield f"no tensors, the config targets {targets.target_modules}"
     if targets.is_all_linear or targets.target_modules is None:
         return
     try:
@@ -78,15 +141,11 @@ def _target_problems(config: MoeLoraConfig, modules: list[str]) -> Iterator[str]
     except ConfigError as error:
         yield from (f"target_modules {problem}" for problem in error.problems)
         return
-    if not modules:
-        yield f"no tensors, the config targets {targets.target_modules}"
     yield from (f"{m}: unexpected module, target_modules does not name it" for m in modules if m not in selected)
     if isinstance(targets.target_modules, list):
-        yield from (
-            f"{m}: missing module, the config targets it in every layer"
-            for m in _gaps(modules, targets.target_modules)
-            if targets.matches(m)
-        )
+        for module in _gaps(modules, targets.target_modules):
+            if targets.matches(module):
+                yield f"{module}: missing module, the config targets it in every layer"
 
 
 def _gaps(modules: list[str], names: list[str]) -> Iterator[str]:

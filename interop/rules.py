@@ -10,10 +10,12 @@ stacking, unstacking, splitting, concatenating and transposing are all one state
 """
 
 import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -21,13 +23,25 @@ import numpy as np
 ROLES = {
     "lora_A": "expert rank in",
     "lora_B": "expert out rank",
-    "router": "expert in",
-    "router_bias": "expert",
+    "router": "logit in",
+    "router_bias": "logit",
     "threshold": "in",
     "threshold_bias": "",
+    "task_embedding": "task dim",
+    "router_{j}": "unit in",
+    "router_bias_{j}": "unit",
 }
-AXES = frozenset({"expert", "rank", "in", "out", "layer", "unit"})
+# `logit` counts a router's outputs: the experts, times splits or layers where there are any; `one` has size 1.
+AXES = frozenset({"expert", "rank", "in", "out", "layer", "one", "logit", "unit", "split", "task", "dim"})
+NUMBERS = AXES | {"j"}  # j numbers the layers of a router; it is no axis
 
+
+def axes_of(role: str) -> str:
+    """Canonical axes of a role; "router_0" has those of "router_{j}"."""
+    return ROLES[re.sub(r"_\d+$", "_{j}", role)]
+
+
+Canonical = dict[tuple[str, str], np.ndarray]
 Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
 """Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
 
@@ -40,9 +54,14 @@ class Side:
     axes: str
 
     @cached_property
+    def strides(self) -> dict[str, int]:
+        """The placeholders in order, each with its stride: {j*3} stands for 0, 3, 6, ..."""
+        return {name: int(stride or 1) for name, stride in re.findall(r"{(\w+)(?:\*(\d+))?}", self.name)}
+
+    @property
     def fields(self) -> tuple[str, ...]:
-        """The placeholders of the template, in order."""
-        return tuple(re.findall(r"{(\w+)}", self.name))
+        """The names of the placeholders."""
+        return tuple(self.strides)
 
     @cached_property
     def shape(self) -> tuple[tuple[str, ...], ...]:
@@ -56,16 +75,32 @@ class Side:
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
-        pattern = re.escape(self.name)
+        pattern = re.escape(re.sub(r"\*\d+}", "}", self.name))
         for field in self.fields:
-            value = r"0|[1-9]\d{0,8}" if field in AXES else r".+"
+            value = r"0|[1-9]\d{0,8}" if field in NUMBERS else r".+"
             pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{value})", 1)
-        return re.compile(pattern)
+        return re.compile(pattern, re.DOTALL)
 
     def bind(self, name: str) -> dict[str, str] | None:
         """The placeholders' values in `name`, or None where it does not match."""
         found = self.regex.fullmatch(name)
-        return found.groupdict() if found else None
+        if found is None:
+            return None
+        bound = found.groupdict()
+        for field, stride in self.strides.items():
+            if stride > 1:
+                number, rest = divmod(int(bound[field]), stride)
+                if rest:
+                    return None
+                bound[field] = str(number)
+        return bound
+
+    def format(self, bound: Mapping[str, str | int]) -> str:
+        """The name with these values: the inverse of `bind`."""
+        plain = re.sub(r"\*\d+}", "}", self.name)
+        return plain.format(
+            **{k: int(v) * self.strides[k] if self.strides.get(k, 1) > 1 else v for k, v in bound.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -74,15 +109,20 @@ class Rule:
 
     Args:
         role: a key of `ROLES`.
-        key: stored name template.
+        key: stored name template; a folder is part of the name.
         axes: stored axes; parentheses join several into one dimension.
-        module: template of the canonical module path.
+        module: template of the canonical module path; "" is the model itself.
+        canonical_axes: the same tensor's canonical axes, where joined axes must be told apart.
+        copy: "" for a tensor of its own; "same" for a duplicate of another rule's, compared bit by bit when read and
+            written only on request; "dead" for one that no forward pass uses, ignored and never written.
     """
 
     role: str
     key: str
     axes: str
     module: str = "{module}"
+    canonical_axes: str = ""
+    copy: Literal["", "same", "dead"] = ""
 
     @cached_property
     def stored(self) -> Side:
@@ -90,65 +130,63 @@ class Rule:
 
     @cached_property
     def canonical(self) -> Side:
-        return Side(f"{self.module}|{self.role}", ROLES[self.role])
+        return Side(f"{self.module}|{self.role}", self.canonical_axes or axes_of(self.role))
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether the stored side has no expert axis although the role has one: plain LoRA, or one shared A."""
+        return "expert" in self.canonical.atoms and "expert" not in (*self.stored.atoms, *self.stored.fields)
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """A checkpoint layout, as data. `source` says where the layout comes from (repo@commit)."""
-
-    name: str
-    source: str
-    rules: tuple[Rule, ...]
-
-    def claim(self, key: str, ndim: int) -> tuple[Rule, dict[str, str]] | None:
-        """The most specific rule for a stored key (shortest wildcards, then fewest axes) and its bindings."""
-        matches = [
-            (sum(len(v) for k, v in found.items() if k not in AXES), len(rule.stored.shape), i, rule, found)
-            for i, rule in enumerate(self.rules)
-            if len(rule.stored.shape) == ndim and (found := rule.stored.bind(key)) is not None
-        ]
-        return min(matches)[3:] if matches else None
+def claim(rules: Iterable[Rule], key: str, ndim: int) -> Rule | None:
+    """The most specific rule for a stored key: shortest wildcards, then fewest axes."""
+    matches = [
+        (sum(len(v) for k, v in found.items() if k not in NUMBERS), len(rule.stored.shape), i, rule)
+        for i, rule in enumerate(rules)
+        if len(rule.stored.shape) == ndim and (found := rule.stored.bind(key)) is not None
+    ]
+    return min(matches)[3] if matches else None
 
 
-def decode(
-    dialect: Dialect, stored: Mapping[str, np.ndarray], sizes: Sizes
-) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+def decode(rules: Sequence[Rule], stored: Mapping[str, np.ndarray], sizes: Sizes) -> tuple[Canonical, list[str]]:
     """Stored tensors -> ({(module, role): canonical tensor}, problems). Values are moved, never changed."""
     by_rule: dict[Rule, dict[str, np.ndarray]] = {}
     problems = []
     for key, tensor in stored.items():
-        claimed = dialect.claim(key, tensor.ndim)
-        if claimed is None:
-            problems.append(
-                f"{key} {list(tensor.shape)}: unexpected tensor, no rule of layout {dialect.name!r} describes it"
-            )
-        else:
-            by_rule.setdefault(claimed[0], {})[key] = tensor
-    canonical: dict[tuple[str, str], np.ndarray] = {}
-    for rule, tensors in by_rule.items():
+        rule = claim(rules, key, tensor.ndim)
+        if rule is None:
+            problems.append(f"{key} {list(tensor.shape)}: unexpected tensor, no rule of this layout describes it")
+        elif rule.copy != "dead":
+            by_rule.setdefault(rule, {})[key] = tensor
+    canonical: Canonical = {}
+    for rule, tensors in sorted(by_rule.items(), key=lambda item: item[0].copy):  # "" before "same"
         for name, tensor in move(tensors, rule.stored, rule.canonical, sizes, problems):
             module, role = name.rsplit("|", 1)
-            if (module, role) in canonical:
+            first = canonical.setdefault((module, role), tensor)
+            if rule.copy == "" and first is not tensor:
                 problems.append(f"{module} {role}: stored twice, under different names")
-            canonical[module, role] = tensor
+            elif rule.copy == "same" and (first.shape != tensor.shape or first.tobytes() != tensor.tobytes()):
+                problems.append(f"{rule.key} of {module}: differs from the tensor that it duplicates")
     return canonical, problems
 
 
 def encode(
-    dialect: Dialect, canonical: Mapping[tuple[str, str], np.ndarray], sizes: Sizes
+    rules: Sequence[Rule], canonical: Mapping[tuple[str, str], np.ndarray], sizes: Sizes, *, duplicates: bool = False
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Canonical tensors -> (stored tensors, problems): `decode` read from the other side."""
     by_rule: dict[Rule, dict[str, np.ndarray]] = {}
     problems = []
     for (module, role), tensor in canonical.items():
-        rule = next(
-            (r for r in dialect.rules if r.role == role and r.canonical.bind(f"{module}|{role}") is not None), None
-        )
-        if rule is None:
-            problems.append(f"{module} {role}: layout {dialect.name!r} has no place for it")
-        else:
-            by_rule.setdefault(rule, {})[f"{module}|{role}"] = tensor
+        name = f"{module}|{role}"
+        fitting = [r for r in rules if r.copy != "dead" and r.canonical.bind(name) is not None]
+        if len({r.lacks_experts for r in fitting}) > 1:
+            plain = sizes(module).get("expert") == 1
+            fitting = [r for r in fitting if r.lacks_experts == plain]
+        chosen = [r for r in fitting if r.copy == "same" and duplicates] + [r for r in fitting if r.copy == ""][:1]
+        if not fitting:
+            problems.append(f"{name.replace('|', ' ').strip()}: this layout has no place for it")
+        for rule in chosen:
+            by_rule.setdefault(rule, {})[name] = tensor
     stored: dict[str, np.ndarray] = {}
     for rule, tensors in by_rule.items():
         stored.update(move(tensors, rule.canonical, rule.stored, sizes, problems))
@@ -188,7 +226,7 @@ def _move_group(
     sizes: Sizes,
 ) -> Iterator[tuple[str, np.ndarray]]:
     canonical = target if "|" in target.name else source
-    known = sizes(canonical.name.rsplit("|", 1)[0].format(**shared))
+    known = sizes(canonical.format(shared).rsplit("|", 1)[0])
     array = _stack(tensors, shared, names, stacked, source, known)
     atoms = [*stacked, *source.atoms]
     counts, dims = array.shape[: len(stacked)], array.shape[len(stacked) :]
@@ -214,7 +252,7 @@ def _move_group(
         places = dict(zip(unstacked, index, strict=True))
         part = _cut_rank(array[index], target, places, known)
         shape = _joined(part.shape, target)
-        yield target.name.format(**shared, **places), part.reshape(shape)
+        yield target.format({**shared, **places}), part.reshape(shape)
 
 
 def _stack(
@@ -228,9 +266,11 @@ def _stack(
     """Puts the tensors that differ by a number in their name side by side, zero-padding unequal ranks."""
     if not stacked:
         return tensors[names[()]]
-    counts = [known.get(axis, 1 + max(i[n] for i in names)) for n, axis in enumerate(stacked)]
-    grid = list(itertools.product(*(range(int(c)) for c in counts)))  # type: ignore[arg-type]
-    label = lambda index: source.name.format(**shared, **dict(zip(stacked, index, strict=True)))  # noqa: E731
+    counts = [_size(known, axis) or 1 + max(i[n] for i in names) for n, axis in enumerate(stacked)]
+    if math.prod(counts) > 2 * len(names) + 1000:  # a hostile number, or nearly everything is missing
+        raise _Misfit(f"{_first(names)}: found {len(names)} tensors of its kind, {stacked} counts to {counts}")
+    grid = list(itertools.product(*map(range, counts)))
+    label = lambda index: source.format({**shared, **dict(zip(stacked, index, strict=True))})  # noqa: E731
     problems = [f"{label(i)}: missing tensor" for i in grid if i not in names]
     problems += [f"{names[i]}: unexpected tensor, {stacked} counts to {counts}" for i in names if i not in set(grid)]
     if problems:
@@ -245,8 +285,9 @@ def _stack(
         ragged = [d for d, axes in enumerate(source.shape) if part.shape[d] != shape[d] and axes != ("rank",)]
         if ragged:
             raise _Misfit(f"{names[grid[n]]}: shape {list(part.shape)}, expected {list(shape)} like its siblings")
-        out[(n, *(slice(s) for s in part.shape))] = part
-    return out.reshape((*(int(c) for c in counts), *shape))  # type: ignore[arg-type]
+        place: tuple[int | slice, ...] = (n, *map(slice, part.shape))
+        out[place] = part
+    return out.reshape((*counts, *shape))
 
 
 def _split(

@@ -1,0 +1,22 @@
+"""LoRAMoE (arXiv:2312.09979): E experts and a dense softmax router on every target layer."""
+
+from interop.dialect import Dialect, Field
+from interop.dialects.common import INERT, LORA
+from interop.rules import Rule
+
+_PREFIX = "base_model.model.{module}"
+
+LORAMOE = Dialect(
+    name="loramoe",
+    source="Ablustrund/LoRAMoE, peft/tuners/lora.py",
+    rules=(
+        Rule("lora_A", f"{_PREFIX}.lora_A{{expert}}.weight", "rank in"),
+        Rule("lora_B", f"{_PREFIX}.lora_B{{expert}}.weight", "out rank"),
+        Rule("router", f"{_PREFIX}.lora_route.weight", "logit in"),
+    ),
+    fields=(Field("num_experts", "lora_nums"), Field("r", "r"), *LORA),
+    const={"peft_type": ("LORA",), "bias": ("none",)},
+    ignore=INERT | {"blc_alpha", "blc_weight"},
+    weights="adapter_model.bin",
+    notes="dense softmax only; one E, r and alpha for all modules",
+)

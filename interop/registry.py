@@ -1,0 +1,43 @@
+"""The known layouts by name: ours, those of other packages (entry points `moe_lora.dialects`), and registered ones."""
+
+from importlib.metadata import entry_points
+
+from interop.dialect import Dialect
+from interop.dialects import FILE_DIALECTS, JAX_TREE
+from interop.errors import CheckpointError
+
+GROUP = "moe_lora.dialects"
+_registered: dict[str, Dialect] = {}
+
+
+def register_dialect(dialect: Dialect) -> None:
+    """Adds a layout for this process; a package adds one for good by an entry point in the group `moe_lora.dialects`.
+
+    Raises:
+        CheckpointError: another layout has this name.
+    """
+    if _all().get(dialect.name, dialect) != dialect:
+        raise CheckpointError("the layout is not new", [f"{dialect.name!r}: another layout has this name"])
+    _registered[dialect.name] = dialect
+
+
+def file_dialects() -> list[Dialect]:
+    """Every layout that a directory can be in."""
+    return [d for d in _all().values() if d.name != JAX_TREE.name]
+
+
+def dialect_named(name: str) -> Dialect:
+    """The layout of this name.
+
+    Raises:
+        CheckpointError: there is none; the known ones are listed.
+    """
+    known = _all()
+    if name not in known:
+        raise CheckpointError("unknown layout", [f"found {name!r}, expected one of {', '.join(sorted(known))}"])
+    return known[name]
+
+
+def _all() -> dict[str, Dialect]:
+    installed = [point.load() for point in entry_points(group=GROUP)]
+    return {d.name: d for d in (*FILE_DIALECTS, JAX_TREE, *installed, *_registered.values())}
