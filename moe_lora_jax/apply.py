@@ -1,6 +1,7 @@
 """Finds the target layers of a model by their paths and swaps mixtures in; and out again."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,16 +9,23 @@ from flax import nnx
 
 from interop.config import ModuleConfig, MoeLoraConfig
 from interop.errors import CheckpointError, ConfigError
+from interop.presence import block_of, router_owners
+from moe_lora_jax.feed_forward import MoeLoraFeedForward, SlotLinear, last_layer
 from moe_lora_jax.layers import MoeLoraLinear
+from moe_lora_jax.model_router import ModelRouter
+from moe_lora_jax.shared import Shared
+
+WRAPPERS = (MoeLoraLinear, SlotLinear, MoeLoraFeedForward)
 
 
 def apply_moe_lora(
     model: nnx.Module, config: MoeLoraConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32
 ) -> nnx.Module:
-    """Wraps every targeted `nnx.Linear` of `model` in a `MoeLoraLinear`, in place, and returns the model.
+    """Wraps every targeted `nnx.Linear` of `model` in a mixture, in place, and returns the model.
 
     Args:
-        model: any NNX model; a layer's path joined with dots is its module name.
+        model: any NNX model; a layer's path joined with dots is its module name. Routers of the model and task routing
+            need a model that carries `moe_lora_router` through its forward pass, as those of `load_base_model` do.
         config: which layers, and what mixture. "all-linear" is every linear layer but lm_head.
         rngs: streams "params" and "dropout".
         param_dtype: storage dtype of A and B.
@@ -25,13 +33,66 @@ def apply_moe_lora(
     The config with its targets resolved is kept as `model.moe_lora_config`; `save_pretrained` writes it.
 
     Raises:
-        ConfigError: target_modules match nothing, or the patterns do not fit the matched modules.
+        ConfigError: target_modules match nothing, or the config does not fit the matched modules.
         CheckpointError: the model already carries an adapter (`remove_moe_lora` takes it off).
     """
-    if moe_lora_layers(model):
+    if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
-    linears = {path: layer for path, layer in _modules(model) if isinstance(layer, nnx.Linear)}
+    linears = linear_layers(model)
     chosen = config.targets.select(linears)
+    sizes = _sizes(config, chosen)
+    config = _completed(model, config, chosen)
+    routed = [m for m in chosen if sizes[m].has_router]
+    if config.scope == "ffn":
+        for block in router_owners(config, routed):
+            _wrap_block(model, block, routed, config, param_dtype=param_dtype, rngs=rngs)
+        chosen_alone = [m for m in chosen if not sizes[m].has_router]
+    else:
+        chosen_alone = chosen
+    shared = _add_model_router(model, config, routed, rngs)
+    order = config.module_order or []
+    for path in chosen_alone:
+        layer = linears[path]
+        index = order.index(path) if path in order else 0
+        wrapper = MoeLoraLinear(
+            layer,
+            layer.in_features,
+            layer.out_features,
+            sizes[path],
+            config=config,
+            shared=shared,
+            layer_index=index,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        _replace(model, path, wrapper)
+    model.moe_lora_config = config  # type: ignore[attr-defined]
+    return model
+
+
+def remove_moe_lora(model: nnx.Module) -> nnx.Module:
+    """Takes the adapter off again, in place: the base layers return unchanged. Returns the model."""
+    for kind in (MoeLoraFeedForward, SlotLinear, MoeLoraLinear):  # blocks first: their layers' paths go through them
+        for path, wrapper in [(p, m) for p, m in _modules(model) if isinstance(m, kind)]:
+            _replace(model, path, wrapper.base_layer)
+    if getattr(model, "moe_lora_router", None) is not None:
+        model.moe_lora_router = None  # type: ignore[attr-defined]
+    if hasattr(model, "moe_lora_config"):
+        del model.moe_lora_config
+    return model
+
+
+def has_adapter(model: nnx.Module) -> bool:
+    """Whether the model carries an adapter."""
+    return any(isinstance(module, WRAPPERS) for _, module in _modules(model))
+
+
+def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear]:
+    """{module path: layer} of every `nnx.Linear` of a model without adapter."""
+    return {path: layer for path, layer in _modules(model) if isinstance(layer, nnx.Linear)}
+
+
+def _sizes(config: MoeLoraConfig, chosen: list[str]) -> dict[str, ModuleConfig]:
     sizes: dict[str, ModuleConfig] = {}
     problems: list[str] = []
     for path in chosen:
@@ -41,40 +102,91 @@ def apply_moe_lora(
             problems.extend(error.problems)
     if problems:
         raise ConfigError("the config does not fit the model", problems)
-    for path in chosen:
-        layer = linears[path]
-        wrapper = MoeLoraLinear(
-            layer, layer.in_features, layer.out_features, sizes[path], config=config, param_dtype=param_dtype, rngs=rngs
+    return sizes
+
+
+def _completed(model: nnx.Module, config: MoeLoraConfig, chosen: list[str]) -> MoeLoraConfig:
+    """The config with everything filled in that only the model knows."""
+    config = config.resolved(chosen)
+    if config.base_model_name_or_path is None:
+        name = getattr(getattr(model, "config", None), "name_or_path", None)
+        config = replace(config, base_model_name_or_path=None if name is None else str(name))
+    if config.layerwise and config.module_order is None:
+        routed = {m for m in chosen if config.for_module(m).has_router}
+        ordered = [m for m in getattr(model, "linear_order", list)() if m in routed]
+        if len(ordered) != len(routed):
+            problem = (
+                "layerwise: this model does not tell the order of its modules, expected module_order in the config"
+            )
+            raise ConfigError("the config does not fit the model", [problem])
+        config = replace(config, module_order=ordered)
+    return config
+
+
+def _add_model_router(model: Any, config: MoeLoraConfig, routed: list[str], rngs: nnx.Rngs) -> Shared | None:
+    if not routed or (config.scope != "model" and config.router_input != "task"):
+        return None
+    if not hasattr(model, "moe_lora_router"):
+        problem = (
+            f"scope {config.scope} with router_input {config.router_input}: {type(model).__name__} has no place for a "
+            "router of the model (an attribute moe_lora_router that its forward pass uses), expected scope linear or ffn"
         )
-        _replace(model, path, wrapper)
-    model.moe_lora_config = config.resolved(chosen)  # type: ignore[attr-defined]
-    return model
+        raise ConfigError("the config does not fit the model", [problem])
+    model.moe_lora_router = ModelRouter(model.config.hidden_size, len(routed), config=config, rngs=rngs)
+    return model.moe_lora_router.shared
 
 
-def remove_moe_lora(model: nnx.Module) -> nnx.Module:
-    """Takes the adapter off again, in place: the base layers return unchanged. Returns the model."""
-    for path, layer in moe_lora_layers(model).items():
-        _replace(model, path, layer.base_layer)
-    if hasattr(model, "moe_lora_config"):
-        del model.moe_lora_config
-    return model
+def _wrap_block(
+    model: nnx.Module, block: str, routed: list[str], config: MoeLoraConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> None:
+    """Replaces the linear layers of a feed-forward block by `SlotLinear`s and the block by a `MoeLoraFeedForward`."""
+    owner = _find(model, block)
+    layers = {name: m for name, m in vars(owner).items() if isinstance(m, nnx.Linear)}
+    targets = [m.rpartition(".")[2] for m in routed if block_of(m) == block]
+    shapes = {name: (m.in_features, m.out_features) for name, m in layers.items()}
+    last = last_layer(shapes)
+    if last is None:
+        problem = f"{block}: found the layers {shapes}, expected exactly one whose output is the block's"
+        raise ConfigError("scope ffn does not fit the model", [problem])
+    sums_to_one = config.norm_topk_prob and config.threshold is None and config.routed_scaling_factor == 1
+    if layers[last].bias is not None and (not sums_to_one or config.expert_dropout > 0):
+        problem = f"{block}.{last}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold"
+        raise ConfigError("scope ffn does not fit the model", [f"{problem}, scaling factor or expert_dropout"])
+    sizes, shared = config.for_module(block), Shared.empty()
+    for name, layer in layers.items():
+        if name not in targets and name != last:
+            continue
+        slot_layer = SlotLinear(
+            layer,
+            *shapes[name],
+            config.for_module(f"{block}.{name}"),
+            shared,
+            config=config,
+            top_k=sizes.top_k,
+            is_last=name == last,
+            is_target=name in targets,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        setattr(owner, name, slot_layer)
+    _replace(model, block, MoeLoraFeedForward(owner, shapes[last][1], sizes, shared, config=config, rngs=rngs))
 
 
-def moe_lora_layers(model: nnx.Module) -> dict[str, MoeLoraLinear]:
-    """{module path: layer} of every mixture in the model."""
-    return {path: layer for path, layer in _modules(model) if isinstance(layer, MoeLoraLinear)}
-
-
-def _modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+def _modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     for path, module in nnx.iter_modules(model):
         yield ".".join(map(str, path)), module
 
 
-def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
-    *parents, name = path.split(".")
+def _find(model: nnx.Module, path: str) -> Any:
     owner: Any = model
-    for part in parents:
+    for part in path.split(".") if path else []:
         owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+    return owner
+
+
+def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    owner = _find(model, parent)
     if name.isdigit():
         owner[int(name)] = new
     else:

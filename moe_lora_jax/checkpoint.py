@@ -13,7 +13,7 @@ from interop.adapter import Adapter, config_sizes
 from interop.dialects import JAX_TREE
 from interop.errors import CheckpointError
 from interop.rules import decode, encode
-from moe_lora_jax.apply import apply_moe_lora, moe_lora_layers
+from moe_lora_jax.apply import apply_moe_lora, has_adapter, linear_layers
 from moe_lora_jax.experts import MoeLoraParam
 
 
@@ -23,11 +23,11 @@ def to_adapter(model: Any) -> Adapter:
     Raises:
         CheckpointError: the model carries none.
     """
-    if not moe_lora_layers(model):
+    if not has_adapter(model):
         raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
     stored = {path: np.asarray(jax.device_get(leaf)) for path, leaf in _leaves(model).items()}
     config = model.moe_lora_config
-    tensors, problems = decode(JAX_TREE, stored, config_sizes(config))
+    tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
     if problems:
         raise CheckpointError("the model's adapter variables do not form an adapter", problems)
     return Adapter(config, tensors)
@@ -71,25 +71,25 @@ def load_adapter(
     _check_fits(model, adapter)
     dtype = next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
     apply_moe_lora(model, config, rngs=rngs or nnx.Rngs(0), param_dtype=dtype)
-    leaves = _leaves(model)
-    stored, problems = encode(JAX_TREE, adapter.tensors, config_sizes(config))
-    assert not problems and stored.keys() == leaves.keys(), "the tensors were checked against the config"
-    state = nnx.state(model, MoeLoraParam)
-    flat = {
-        path: variable.replace(jnp.asarray(stored[".".join(map(str, path))]))
-        for path, variable in nnx.to_flat_state(state)
-    }
-    nnx.update(model, nnx.from_flat_state(flat))
+    stored, problems = encode(JAX_TREE.rules, adapter.tensors, config_sizes(config))
+    state = nnx.to_flat_state(nnx.state(model, MoeLoraParam))
+    assert not problems and stored.keys() == {_name(path) for path, _ in state}, "checked against the config before"
+    filled = {path: variable.replace(jnp.asarray(stored[_name(path)])) for path, variable in state}
+    nnx.update(model, nnx.from_flat_state(filled))
     return model
 
 
 def _leaves(model: nnx.Module) -> dict[str, jax.Array]:
-    flat = nnx.to_flat_state(nnx.state(model, MoeLoraParam))
-    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, MoeLoraParam))}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """A variable's path as the layout `jax_tree` names it: without the wrapper of a feed-forward block."""
+    return ".".join(str(part) for part in path if part != "base_layer")
 
 
 def _check_fits(model: nnx.Module, adapter: Adapter) -> None:
-    linears = {".".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Linear)}
+    linears = linear_layers(model)
     problems = []
     for module in adapter.modules:
         if module not in linears:

@@ -34,6 +34,29 @@ def init_experts(
     return a.astype(param_dtype), b.astype(param_dtype)
 
 
+def mixed_factors(x: jax.Array, gates: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x A B with mixed factors (Poly, MHR): A = [sum_e g_qe A_e,q for q in splits] over the input, B over the output.
+
+    Args:
+        x: [tokens, in].
+        gates: [tokens, split, expert].
+        a: [expert, rank, in]; `in` is cut into splits, and so is `out`.
+        b: [expert, rank, out].
+
+    Returns:
+        [tokens, out]. One batched product over splits for each factor; no mixed matrix per token ever exists.
+    """
+    tokens, splits, experts = gates.shape
+    rank = a.shape[1]
+    x_parts = x.reshape(tokens, splits, -1)
+    a_parts = a.reshape(experts, rank, splits, -1)
+    hidden = jnp.einsum("tqi,erqi->tqer", x_parts, a_parts)
+    code = jnp.einsum("tqer,tqe->tr", hidden, gates.astype(hidden.dtype))
+    gated = gates.astype(code.dtype)[..., None] * code[:, None, None, :]
+    b_parts = b.reshape(experts, rank, splits, -1)
+    return jnp.einsum("tqer,erqo->tqo", gated, b_parts).reshape(tokens, -1)
+
+
 def gated_sum(hidden: jax.Array, weights: jax.Array, b: jax.Array) -> jax.Array:
     """sum_e weights_e B_e hidden_e, as one product over the joined (expert rank) axis.
 

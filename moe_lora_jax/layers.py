@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.config import ModuleConfig, MoeLoraConfig
-from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts
-from moe_lora_jax.router import Router, RouterOutput, RouterRecord
+from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts, mixed_factors
+from moe_lora_jax.router import Router, TaskRouter
+from moe_lora_jax.shared import Shared, per_token
 
 
 class MoeLoraLinear(nnx.Module):
-    """y = W0 x + sum_e g_e(x) s_e B_e A_e x, with s_e = lora_alpha_e / r_e g from the router (1 for one expert).
+    """y = W0 x + sum_e g_e(x) s_e B_e A_e x, s_e = lora_alpha_e / r_e, g from the router (1 for one expert).
 
     Two products carry all experts: A as [expert*rank, in] and B as [expert*rank, out]; between them the hidden code is
     multiplied by the gates. The router's rows join the first product when both read the same fp32 input.
@@ -20,12 +21,14 @@ class MoeLoraLinear(nnx.Module):
         in_features, out_features: its sizes.
         sizes: the module's experts, ranks and alphas (`config.for_module(path)`).
         config: the adapter's config.
+        shared: where the gates (scope "model") or the task ids come from; None with a router of its own.
+        layer_index: this module's place in a layerwise router.
         param_dtype: storage dtype of A and B; the router is always fp32. The delta is computed in this dtype and added
             in the dtype of the base layer's output.
         rngs: streams "params" (initial values) and "dropout" (training only).
 
     Variables: `lora_a` [expert, rank, in] (expert = 1 when shared), `lora_b` [expert, rank, out]; `router` unless there
-    is one expert.
+    is one expert or the gates are shared.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class MoeLoraLinear(nnx.Module):
         sizes: ModuleConfig,
         *,
         config: MoeLoraConfig,
+        shared: Shared | None = None,
+        layer_index: int = 0,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -44,9 +49,20 @@ class MoeLoraLinear(nnx.Module):
             sizes, in_features, out_features, zero_b=config.init_lora_weights, param_dtype=param_dtype, rngs=rngs
         )
         self.lora_a, self.lora_b = MoeLoraParam(a), MoeLoraParam(b)
-        self.router = Router(in_features, sizes, config=config, rngs=rngs) if sizes.has_router else None
+        router: Router | TaskRouter | None = None
+        if sizes.has_router and config.scope == "linear":
+            if config.router_input == "hidden":
+                router = Router(in_features, sizes, config=config, rngs=rngs)
+            else:
+                assert shared is not None, "brings the task ids"
+                router = TaskRouter(sizes, shared, config=config, rngs=rngs)
+        self.router = nnx.data(router)
+        self.shared = shared if config.scope == "model" else None
+        self.routed = sizes.has_router
+        self.layer_index = layer_index
+        self.mix = config.mix if sizes.has_router else "outputs"
         self.scalings = sizes.scalings
-        self.router_jitter_noise = config.router_jitter_noise
+        self.router_jitter_noise = config.router_jitter_noise if config.router_input == "hidden" else 0.0
         self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
         self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
         self.deterministic = True  # flipped by model.train() / model.eval()
@@ -56,40 +72,48 @@ class MoeLoraLinear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out]."""
         base = self.base_layer(x)
+        if self.shared is not None and self.shared.is_empty:
+            return base  # the first pass of a model router, which runs without the adapter
         delta = self.delta(x.reshape(-1, x.shape[-1]))
         return base + delta.reshape(base.shape).astype(base.dtype)
 
     def delta(self, x: jax.Array) -> jax.Array:
         """What the adapter adds, for x [tokens, in]: [tokens, out] in the adapter's dtype."""
         a, b = self.lora_a[...], self.lora_b[...]
-        scalings = jnp.asarray(self.scalings, jnp.float32)
         flat_a = a.reshape(-1, a.shape[-1])
         experts_x = self.dropout(x.astype(a.dtype), rngs=self.rngs)
-        if self.router is None:
+        hidden, gates = self._joined(x, flat_a) if self._can_join(x, a) else (None, self._gates(x))
+        if self.mix == "weights":
+            return mixed_factors(experts_x, gates, a, b) * jnp.asarray(self.scalings[0], a.dtype)
+        if hidden is None:
             hidden = experts_x @ flat_a.T
-            weights = jnp.broadcast_to(scalings, (x.shape[0], 1))
-        else:
-            hidden, decision = self._hidden_and_router(x, experts_x, flat_a)
-            self._record(decision)
-            weights = self.expert_dropout(decision.gates, rngs=self.rngs) * scalings
+        weights = gates[:, 0] * jnp.asarray(self.scalings, jnp.float32)
         return gated_sum(hidden.reshape(x.shape[0], *a.shape[:2]), weights, b)
 
-    def _hidden_and_router(
-        self, x: jax.Array, experts_x: jax.Array, flat_a: jax.Array
-    ) -> tuple[jax.Array, RouterOutput]:
-        assert self.router is not None
-        jitter = 0.0 if self.deterministic else self.router_jitter_noise
-        same_input = jitter == 0.0 and (self.deterministic or self.dropout.rate == 0.0)
-        if same_input and x.dtype == flat_a.dtype == jnp.float32:
-            joined = x @ jnp.concatenate([flat_a, self.router.kernel[...].T]).T
-            hidden, product = joined[:, : flat_a.shape[0]], joined[:, flat_a.shape[0] :]
-            return hidden, self.router.decide(x, product)
-        router_x = x.astype(jnp.float32)
-        if jitter > 0.0:
-            assert self.rngs is not None
-            router_x = router_x * jax.random.uniform(self.rngs(), x.shape, jnp.float32, 1.0 - jitter, 1.0 + jitter)
-        return experts_x @ flat_a.T, self.router(router_x)
+    def _can_join(self, x: jax.Array, a: jax.Array) -> bool:
+        """Whether experts and router read the very same fp32 input."""
+        noisy = not self.deterministic and (self.dropout.rate > 0.0 or self.router_jitter_noise > 0.0)
+        fp32 = x.dtype == a.dtype == jnp.float32
+        return isinstance(self.router, Router) and self.mix == "outputs" and fp32 and not noisy
 
-    def _record(self, decision: RouterOutput) -> None:
-        if hasattr(self, "__captures__"):  # sowing outside nnx.capture is deprecated
-            self.sow(RouterRecord, "router_output", decision)
+    def _joined(self, x: jax.Array, flat_a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A x and the gates from one product."""
+        assert isinstance(self.router, Router)
+        joined = x @ jnp.concatenate([flat_a, self.router.kernel[...].T]).T
+        gates = self.router.decide(x, joined[:, flat_a.shape[0] :]).gates
+        return joined[:, : flat_a.shape[0]], self.expert_dropout(gates, rngs=self.rngs)
+
+    def _gates(self, x: jax.Array) -> jax.Array:
+        """[tokens, split, expert]."""
+        if not self.routed:
+            return jnp.ones((x.shape[0], 1, 1), jnp.float32)
+        if self.shared is not None:  # the model's router has applied expert dropout already
+            gates = self.shared.get_value()
+            return per_token(gates[:, min(self.layer_index, gates.shape[1] - 1)], x.shape[0])
+        assert self.router is not None
+        router_x = x.astype(jnp.float32)
+        if not self.deterministic and self.router_jitter_noise > 0.0:
+            assert self.rngs is not None
+            eps = self.router_jitter_noise
+            router_x = router_x * jax.random.uniform(self.rngs(), x.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
+        return self.expert_dropout(self.router(router_x).gates, rngs=self.rngs)

@@ -1,0 +1,164 @@
+"""Experts that are whole feed-forward blocks (MixLoRA): FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e = W0 + s B_e A_e.
+
+The block's own code runs once, on activations with a leading slot axis: its first linear layers add one delta per slot
+to one base product, its last one multiplies by the gates and sums *before* its base product, which is exact because
+that layer is linear. So no base product is ever computed per expert. With top-k routing the slots are the k experts
+that each token chose; otherwise they are all experts.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from interop.config import ModuleConfig, MoeLoraConfig
+from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts
+from moe_lora_jax.gating import rank_descending
+from moe_lora_jax.router import Router
+from moe_lora_jax.shared import Shared
+
+LAST_NAMES = ("down_proj", "fc2", "w2", "wo", "c_proj", "dense_4h_to_h")
+
+
+class MoeLoraFeedForward(nnx.Module):
+    """Routes the block's input x [..., in] and runs the block, whose linear layers are `SlotLinear`s.
+
+    Args:
+        base_layer: the block, with its layers already replaced.
+        in_features: width of x.
+        sizes: experts and top_k of the block (`config.for_module(path of the block)`).
+        shared: the variable through which the layers get the gates.
+
+    Variables: `router`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nnx.Module,
+        in_features: int,
+        sizes: ModuleConfig,
+        shared: Shared,
+        *,
+        config: MoeLoraConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.base_layer = base_layer
+        self.router = Router(in_features, sizes, config=config, rngs=rngs)
+        self.shared = shared
+        self.router_jitter_noise = config.router_jitter_noise
+        self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
+        self.deterministic = True
+        random = config.expert_dropout > 0 or config.router_jitter_noise > 0
+        self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        flat = x.reshape(-1, x.shape[-1])
+        router_x = flat.astype(jnp.float32)
+        if not self.deterministic and self.router_jitter_noise > 0.0:
+            assert self.rngs is not None
+            eps = self.router_jitter_noise
+            router_x = router_x * jax.random.uniform(self.rngs(), flat.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
+        gates = self.expert_dropout(self.router(router_x).gates, rngs=self.rngs)
+        self.shared.set_value(gates[:, None])
+        out = self.base_layer(flat)
+        self.shared.clear()
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+class SlotLinear(nnx.Module):
+    """One linear layer of a routed block: x [tokens, in] or [slot, tokens, in] -> [slot, tokens, out], or, for the
+    block's last layer, the gated sum [tokens, out].
+
+    Variables: `lora_a` [expert, rank, in], `lora_b` [expert, rank, out]; none if the layer is not a target itself.
+    """
+
+    def __init__(
+        self,
+        base_layer: nnx.Module,
+        in_features: int,
+        out_features: int,
+        sizes: ModuleConfig,
+        shared: Shared,
+        *,
+        config: MoeLoraConfig,
+        top_k: int | None,
+        is_last: bool,
+        is_target: bool = True,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.base_layer = base_layer
+        a, b = init_experts(
+            sizes, in_features, out_features, zero_b=config.init_lora_weights, param_dtype=param_dtype, rngs=rngs
+        )
+        self.lora_a = nnx.data(MoeLoraParam(a) if is_target else None)
+        self.lora_b = nnx.data(MoeLoraParam(b) if is_target else None)
+        self.shared = shared
+        self.scalings = sizes.scalings
+        self.top_k = None if top_k is None or top_k >= sizes.num_experts else top_k
+        self.is_last = is_last
+        self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
+        self.rngs = rngs["dropout"].fork() if config.lora_dropout > 0 and is_target else nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """See the class."""
+        gates = self.shared.get_value()[:, 0, 0]  # [tokens, expert]
+        chosen = self._chosen(gates)  # [slot, tokens, expert]
+        if self.is_last:
+            return self._gated_sum(x, gates, chosen)
+        base = self.base_layer(x)
+        if self.lora_a is None or self.lora_b is None:
+            return base
+        a, b = self.lora_a[...], self.lora_b[...]
+        hidden = self._hidden(x, a) * jnp.asarray(self.scalings, a.dtype)[:, None]
+        if self.top_k is None:
+            hidden = jnp.broadcast_to(hidden, (*hidden.shape[:-2], b.shape[0], b.shape[1]))
+            form = "ter,ero->eto" if x.ndim == 2 else "eter,ero->eto"
+            delta = jnp.einsum(form, hidden, b)
+        else:
+            gated = hidden * chosen.astype(a.dtype)[..., None]
+            delta = gated.reshape(*gated.shape[:2], -1) @ b.reshape(-1, b.shape[-1])
+        return base + delta.astype(base.dtype)
+
+    def _gated_sum(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> jax.Array:
+        """W0 (sum_s g_s x_s) + sum_s g_s s_e B_e A_e x_s, e the expert in slot s."""
+        slots = jnp.broadcast_to(x, (chosen.shape[0], *x.shape[-2:]))
+        weights = chosen * gates  # [slot, tokens, expert]
+        mixed = jnp.einsum("sti,st->ti", slots, jnp.sum(weights, axis=-1).astype(x.dtype))
+        base = self.base_layer(mixed)
+        if self.lora_a is None or self.lora_b is None:
+            return base
+        a, b = self.lora_a[...], self.lora_b[...]
+        if self.top_k is None and a.shape[0] == b.shape[0]:  # slot e is expert e: no expert sees another's activations
+            dropped = self.dropout(slots.astype(a.dtype), rngs=self.rngs)
+            code = jnp.einsum("eti,eri->ter", dropped, a) * gates[..., None]
+        else:
+            hidden = self._hidden(slots, a)  # [slot, tokens, expert or 1, rank]
+            code = jnp.einsum("ster,ste->ter", jnp.broadcast_to(hidden, (*hidden.shape[:2], *b.shape[:2])), weights)
+        delta = gated_sum(code.astype(a.dtype), jnp.broadcast_to(jnp.asarray(self.scalings), gates.shape), b)
+        return base + delta.astype(base.dtype)
+
+    def _hidden(self, x: jax.Array, a: jax.Array) -> jax.Array:
+        """A x: [..., expert or 1, rank]."""
+        x = self.dropout(x.astype(a.dtype), rngs=self.rngs)
+        return (x @ a.reshape(-1, a.shape[-1]).T).reshape(*x.shape[:-1], *a.shape[:2])
+
+    def _chosen(self, gates: jax.Array) -> jax.Array:
+        """Which expert is in which slot of a token, as 0 and 1: [slot, tokens, expert]."""
+        experts = gates.shape[-1]
+        if self.top_k is None:
+            return jnp.broadcast_to(jnp.eye(experts, dtype=gates.dtype)[:, None, :], (experts, *gates.shape))
+        place = rank_descending(jax.lax.stop_gradient(gates))
+        return (place[None] == jnp.arange(self.top_k)[:, None, None]).astype(gates.dtype)
+
+
+def last_layer(layers: dict[str, tuple[int, int]]) -> str | None:
+    """The layer of a block whose output is the block's: by its name, or the only one that narrows; None if unclear.
+
+    Args:
+        layers: {name: (in_features, out_features)}.
+    """
+    named = [name for name in layers if name in LAST_NAMES]
+    narrowing = [name for name, (size_in, size_out) in layers.items() if size_out < size_in]
+    found = named if len(named) == 1 else narrowing
+    return found[0] if len(found) == 1 else None

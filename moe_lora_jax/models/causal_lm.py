@@ -1,0 +1,155 @@
+"""The language model: a decoder and its output head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from interop.module_order import traversal_order
+from moe_lora_jax.model_router import ModelRouter
+from moe_lora_jax.models.cache import KVCache
+from moe_lora_jax.models.config import DecoderConfig
+from moe_lora_jax.models.decoder import Decoder
+from moe_lora_jax.router import RouterRecord
+from moe_lora_jax.router_outputs import router_outputs
+
+Cache = KVCache | tuple[KVCache, KVCache]
+
+
+class CausalLM(nnx.Module):
+    """A decoder-only language model with Hugging Face's module names.
+
+    `model.embed_tokens`, `model.layers.{i}.self_attn.{q,k,v,o}_proj`, `model.layers.{i}.mlp.{gate,up,down}_proj`,
+    `model.norm`, and `lm_head` unless the embeddings are tied. Linears are `nnx.Linear` (kernel [in, out]) called on
+    [tokens, features], so that they can be replaced in place.
+
+    Example:
+        >>> model = load_base_model("SmolLM2-135M")
+        >>> logits = model(jnp.asarray([[1, 2, 3]]))            # [1, 3, vocab]
+
+    Attributes:
+        config: the `DecoderConfig`; `config.name_or_path` says where the weights came from.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Random weights; `load_base_model` reads stored ones without making these."""
+        self.config = config
+        self.model = Decoder(config, rngs=rngs)
+        self.moe_lora_router: ModelRouter | None = nnx.data(None)  # set by apply_moe_lora
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, param_dtype=config.dtype, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        cache: Cache | None = None,
+        positions: jax.Array | None = None,
+        task_ids: jax.Array | None = None,
+        return_router: bool = False,
+    ) -> Any:
+        """Logits [batch, seq, vocab]; with a cache (logits, cache); with `return_router` one more value at the end.
+
+        Args:
+            return_router: also return {module path: RouterOutput(logits, gates)}, each [batch, seq, expert] fp32
+                ([batch, seq, split, expert] with splits). A router of the whole model is called "model", unless it
+                is layerwise.
+
+        Other arguments as in `hidden_states`.
+        """
+        arguments = {"cache": cache, "positions": positions, "task_ids": task_ids}
+        if not return_router:
+            return self._logits(input_ids, attention_mask, **arguments)
+        logits, records = nnx.capture(self._logits, RouterRecord)(input_ids, attention_mask, **arguments)
+        router = router_outputs(records, getattr(self, "moe_lora_config", None), jnp.shape(input_ids))
+        return (logits, router) if cache is None else (*logits, router)
+
+    def _logits(self, input_ids: jax.Array, attention_mask: jax.Array | None, **arguments: Any) -> Any:
+        hidden = self.hidden_states(input_ids, attention_mask, **arguments)
+        if arguments["cache"] is None:
+            return self.head(hidden)
+        return self.head(hidden[0]), hidden[1]
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array | None = None,
+        *,
+        cache: Cache | None = None,
+        positions: jax.Array | None = None,
+        task_ids: jax.Array | None = None,
+    ) -> Any:
+        """Hidden states after the final norm: [batch, seq, hidden], or (those, cache) if a cache is given.
+
+        Args:
+            input_ids: integers [batch, seq].
+            attention_mask: [batch, seq], non-zero for real tokens, padded on either side; None if all are real. With
+                a cache, it covers the new tokens only.
+            cache: from `empty_cache`, with room for the new tokens. A new cache is returned; the given one is not changed.
+            positions: integers [batch, seq] that replace the default, which counts the real tokens of each row.
+                They set rotary angles and window distances; causal order is always that of the columns.
+
+            task_ids: integers [batch] or [batch, n], for an adapter that routes by task.
+
+        Raises:
+            ValueError: shapes that do not fit, a full cache, task ids that are missing or that nothing reads.
+        """
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, seq], got shape {input_ids.shape}")
+        for name, array in (("attention_mask", attention_mask), ("positions", positions)):
+            if array is not None and jnp.shape(array) != input_ids.shape:
+                raise ValueError(f"{name} has shape {jnp.shape(array)}, input_ids has {input_ids.shape}")
+        real = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        positions = None if positions is None else jnp.asarray(positions, jnp.int32)
+        hidden, cache = self._route_and_decode(input_ids, real, positions, cache, task_ids)
+        return hidden if cache is None else (hidden, cache)
+
+    def _route_and_decode(
+        self,
+        input_ids: jax.Array,
+        real: jax.Array | None,
+        positions: jax.Array | None,
+        cache: Cache | None,
+        task_ids: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        router = self.moe_lora_router
+        if task_ids is not None and (router is None or router.reads_hidden):
+            raise ValueError("task_ids were given, but this model has no adapter that routes by task")
+        if router is None:
+            return self.model(input_ids, real, positions, cache)
+        if not router.reads_hidden:
+            router.route_tasks(task_ids)
+            hidden, cache = self.model(input_ids, real, positions, cache)
+        else:
+            first, second = cache if cache is not None else (None, None)
+            hidden, first = self.model(input_ids, real, positions, first)  # without gates: without the adapter
+            router.route_hidden(hidden)
+            hidden, second = self.model(input_ids, real, positions, second)
+            cache = None if cache is None else (first, second)
+        router.shared.clear()
+        return hidden, cache
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """A cache for `batch` rows of at most `capacity` tokens: a pair of them where a router needs a first pass."""
+        two_passes = self.moe_lora_router is not None and self.moe_lora_router.reads_hidden
+        empty = KVCache.empty(self.config, batch, capacity)
+        return (empty, empty) if two_passes else empty
+
+    def linear_order(self) -> list[str]:
+        """The decoder's linear layers in the order in which transformers traverses them."""
+        names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if isinstance(m, nnx.Linear)]
+        return traversal_order(f"model.{name}" for name in names)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """Logits of final hidden states: [..., hidden] -> [..., vocab], in the dtype of the weights."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logits = self.model.embed_tokens.attend(flat) if self.config.tie_word_embeddings else self.lm_head(flat)
+        cap = self.config.final_logit_softcapping
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits.reshape(*hidden.shape[:-1], -1)

@@ -1,0 +1,201 @@
+"""The description of a decoder that the modules read: config.json with every family difference resolved."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from interop.errors import ConfigError
+from moe_lora_jax.models.activations import ACTIVATIONS
+from moe_lora_jax.models.families import FAMILIES, FULL, SLIDING, Family
+from moe_lora_jax.models.fields import Fields
+from moe_lora_jax.models.rope import RopeConfig
+from moe_lora_jax.models.rope_fields import read_ropes
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Fields that change what a model computes and that only these values leave alone, in any family.
+_ONLY_INERT: Mapping[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "attention_dropout": (None, 0),
+    "partial_rotary_factor": (None, 1),
+    "rope_interleaved": (None, False),
+    "use_mrope": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A decoder-only transformer. Hashable, so that it is static under jit.
+
+    Names are config.json's where it has one. Derived:
+        head_dim: width of one head; num_attention_heads * head_dim need not equal hidden_size.
+        qkv_bias, output_bias, mlp_bias: which linears have a bias.
+        qk_norm: RMSNorm on queries and keys. norm_plus_one: norms multiply by 1 + weight.
+        feedforward_norms: Gemma's norms after the attention and around the feed-forward block.
+        embedding_scale: factor on the embeddings. attention_scale: factor on the scores.
+        layer_windows: per layer, how many tokens back a query sees, itself included; None is all.
+        layer_ropes: per layer, its rotary parameters.
+        eos_token_id: all ids that end a text (config.json may state one or several).
+        dtype: of the weights, and so of the computation. name_or_path: where it was read from; not compared.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    norm_plus_one: bool
+    feedforward_norms: bool
+    embedding_scale: float | None
+    attention_scale: float
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    layer_windows: tuple[int | None, ...]
+    layer_ropes: tuple[RopeConfig, ...]
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+    name_or_path: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, name_or_path: str | None = None) -> "DecoderConfig":
+        """Read the dict of a Hugging Face config.json.
+
+        Fields that the transformers class itself does not read are ignored, like there; a field that it reads, or
+        that other implementations read, is honoured or refused.
+
+        Raises:
+            ConfigError: unsupported architecture, or one line for each field that is missing, malformed or beyond
+                what this decoder computes.
+        """
+        architecture, family = _family(config)
+        fields = Fields(config, family.defaults)
+        for name, inert in _ONLY_INERT.items():
+            if fields.get(name) not in inert:
+                fields.refuse(name, f"{fields.get(name)!r} is not supported")
+
+        layers = fields.integer("num_hidden_layers")
+        hidden_size, head_dim, heads, key_value_heads = _widths(fields)
+        qkv_bias, output_bias, mlp_bias = _biases(fields, family)
+        windows, kinds = _windows(fields, family, layers)
+        ropes = read_ropes(fields, family)
+        result = cls(
+            architecture=architecture,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            hidden_act=_activation(fields, family),
+            rms_norm_eps=fields.number("rms_norm_eps"),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            mlp_bias=mlp_bias,
+            qk_norm=family.qk_norm,
+            norm_plus_one=family.gemma,
+            feedforward_norms=family.gemma,
+            embedding_scale=math.sqrt(hidden_size) if family.gemma else None,
+            attention_scale=(fields.number("query_pre_attn_scalar") if family.gemma else head_dim) ** -0.5,
+            attn_logit_softcapping=_softcap(fields, "attn_logit_softcapping", family.attention_softcap),
+            final_logit_softcapping=_softcap(fields, "final_logit_softcapping", family.gemma),
+            layer_windows=windows,
+            layer_ropes=tuple(ropes[kind] for kind in kinds),
+            eos_token_id=fields.token_ids("eos_token_id"),
+            pad_token_id=next(iter(fields.token_ids("pad_token_id")), None),
+            dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
+            name_or_path=name_or_path,
+        )
+        if result.dtype not in DTYPES:
+            fields.refuse("dtype", f"{result.dtype!r} is not one of {list(DTYPES)}")
+        if fields.problems:
+            raise ConfigError(f"this {architecture} is not supported", fields.problems)
+        return result
+
+
+def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
+    architectures = config.get("architectures") or []
+    if len(architectures) == 1 and architectures[0] in FAMILIES:
+        return architectures[0], FAMILIES[architectures[0]]
+    raise ConfigError("unsupported model", [f"architectures: {architectures!r}, supported: {sorted(FAMILIES)}"])
+
+
+def _widths(fields: Fields) -> tuple[int, int, int, int]:
+    """hidden_size, head_dim, num_attention_heads, num_key_value_heads."""
+    known = len(fields.problems)
+    hidden_size = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads")
+    shared = heads if fields.get("num_key_value_heads") is None else fields.integer("num_key_value_heads")
+    if heads % shared:
+        fields.refuse("num_key_value_heads", f"{shared} does not divide num_attention_heads {heads}")
+    if fields.get("head_dim") is not None:
+        head_dim = fields.integer("head_dim")
+    else:
+        head_dim = hidden_size // heads
+        if hidden_size % heads:
+            fields.refuse("num_attention_heads", f"{heads} does not divide hidden_size {hidden_size}, and no head_dim")
+    if head_dim % 2 and len(fields.problems) == known:  # otherwise it may come from a stand-in
+        fields.refuse("head_dim", f"must be even for rotary embeddings, got {head_dim}")
+    return hidden_size, head_dim, heads, shared
+
+
+def _biases(fields: Fields, family: Family) -> tuple[bool, bool, bool]:
+    stated = fields.flag("attention_bias")
+    qkv, output = (stated, stated) if family.attention_bias is None else family.attention_bias
+    if "attention_bias" in fields.stated and stated != qkv:
+        fields.refuse("attention_bias", f"{stated} contradicts this architecture, which has q, k, v biases: {qkv}")
+    mlp = fields.flag("mlp_bias")
+    if mlp and not family.reads_mlp_bias:
+        fields.refuse("mlp_bias", "this architecture has no feed-forward biases")
+    return qkv, output, mlp
+
+
+def _activation(fields: Fields, family: Family) -> str:
+    name = fields.get(family.activation_field)
+    if name not in ACTIVATIONS:
+        fields.refuse(family.activation_field, f"{name!r} is not supported, only {sorted(ACTIVATIONS)}")
+    return name
+
+
+def _softcap(fields: Fields, field_name: str, applies: bool) -> float | None:
+    cap = fields.optional_number(field_name)
+    if cap is not None and not applies:
+        fields.refuse(field_name, f"{cap} is not applied by this architecture")
+    return cap
+
+
+def _windows(fields: Fields, family: Family, layers: int) -> tuple[tuple[int | None, ...], tuple[str, ...]]:
+    """Per layer: the window, and the attention kind (which also selects the rotary parameters)."""
+    kinds = family.layer_types(fields, layers)
+    stated = fields.get("layer_types")
+    if stated is not None and tuple(stated) != kinds:
+        if not family.reads_layer_types:
+            fields.refuse("layer_types", f"this architecture has {sorted(set(kinds))} layers only")
+        elif len(stated) != layers or not set(stated) <= {FULL, SLIDING}:
+            fields.refuse("layer_types", f"must list {FULL} or {SLIDING} for each of {layers} layers, got {stated}")
+        else:
+            kinds = tuple(stated)
+    if not family.reads_sliding_window and fields.get("sliding_window") is not None:
+        fields.refuse("sliding_window", "this architecture has no sliding window")
+    if SLIDING not in kinds:
+        return (None,) * layers, kinds
+    if fields.get("use_sliding_window") is False:
+        fields.refuse("use_sliding_window", f"is false, but layer_types has {SLIDING}")
+    window = fields.integer("sliding_window")
+    return tuple(window if kind == SLIDING else None for kind in kinds), kinds

@@ -1,0 +1,121 @@
+"""The decoder stack. Attribute names are Hugging Face's: an NNX path joined by dots is the name of the HF module."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_lora_jax.models.activations import ACTIVATIONS
+from moe_lora_jax.models.attention import Attention, LayerCache
+from moe_lora_jax.models.cache import KVCache
+from moe_lora_jax.models.config import DecoderConfig
+from moe_lora_jax.models.masks import real_positions, visible
+from moe_lora_jax.models.norm import RMSNorm
+from moe_lora_jax.models.rope import rotary_tables
+
+
+class FeedForward(nnx.Module):
+    """`mlp`: `down(act(gate(x)) * up(x))` on [tokens, hidden]."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        def linear(size_in: int, size_out: int) -> nnx.Linear:
+            return nnx.Linear(size_in, size_out, use_bias=config.mlp_bias, param_dtype=config.dtype, rngs=rngs)
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One block, pre-norm; Gemma also normalises what each half adds.
+
+        h = x + [norm] attention(norm(x));  y = h + [norm] mlp(norm(h))
+
+    In Llama's naming `post_attention_layernorm` is the norm BEFORE the feed-forward block; in Gemma's it is the one on
+    the attention's output, and the feed-forward block has its own pair.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.self_attn = Attention(config, rngs=rngs)
+        self.mlp = FeedForward(config, rngs=rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
+        if config.feedforward_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
+        self.feedforward_norms = config.feedforward_norms
+
+    def __call__(
+        self,
+        x: jax.Array,
+        batch: int,
+        rotary: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`x`: [batch * seq, hidden] -> the same shape, and the updated cache if one was given."""
+        mixed, cache = self.self_attn(self.input_layernorm(x), batch, rotary, mask, cache)
+        if not self.feedforward_norms:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = x + self.post_attention_layernorm(mixed)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache
+
+
+class Decoder(nnx.Module):
+    """`model`: embeddings, layers, final norm."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config)
+
+    def __call__(
+        self, input_ids: jax.Array, real: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`input_ids` [batch, seq] -> hidden states after the final norm [batch, seq, hidden], and the extended cache.
+
+        Args:
+            real: bool [batch, seq], False for padding; None if there is none.
+            positions: int32 [batch, seq] for the rotation; None counts the real tokens of each row.
+            cache: earlier tokens of the same rows; None without any, and then None is returned.
+        """
+        batch, length = input_ids.shape
+        slots = jnp.arange(length)
+        if cache is None:
+            if positions is None:
+                positions = slots[None] if real is None else real_positions(real)
+            query_slots, key_slots, key_positions, key_real = slots, slots, positions, real
+        else:
+            new = jnp.ones(input_ids.shape, bool) if real is None else real
+            positions = cache.next_positions(new) if positions is None else positions
+            query_slots, key_slots = cache.length + slots, jnp.arange(cache.capacity)
+            cache = cache.reserve(new, positions)
+            key_positions, key_real = cache.positions, cache.real
+        config = self.config
+        rotary = {rope: rotary_tables(rope, positions, config.head_dim) for rope in dict.fromkeys(config.layer_ropes)}
+        masks = {
+            window: visible(query_slots, key_slots, positions, key_positions, key_real, window)
+            for window in dict.fromkeys(config.layer_windows)
+        }
+
+        x = self.embed_tokens(input_ids.reshape(-1))
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, like transformers
+        keys, values = [], []
+        for index, layer in enumerate(self.layers):
+            own = None if cache is None else LayerCache(cache.keys[index], cache.values[index], query_slots[0])
+            x, own = layer(x, batch, rotary[config.layer_ropes[index]], masks[config.layer_windows[index]], own)
+            if own is not None:
+                keys.append(own.keys)
+                values.append(own.values)
+        if cache is not None:
+            cache = replace(cache, keys=tuple(keys), values=tuple(values))
+        return self.norm(x).reshape(batch, length, -1), cache

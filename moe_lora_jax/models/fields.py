@@ -1,0 +1,68 @@
+"""Typed access to config.json that collects every problem instead of stopping at the first."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class Fields:
+    """The fields of a config.json over the defaults of its family.
+
+    A value of the wrong kind adds a line to `problems` and reads as a harmless stand-in, so that one pass over the
+    file names everything that is wrong with it. Check `problems` before using what was read.
+    """
+
+    def __init__(self, stated: Mapping[str, Any], defaults: Mapping[str, Any]):
+        self.stated = stated
+        self.values = {**defaults, **stated}
+        self.problems: list[str] = []
+
+    def refuse(self, field: str, why: str) -> None:
+        """Record that `field` cannot be honoured."""
+        self.problems.append(f"{field}: {why}")
+
+    def get(self, field: str) -> Any:
+        """The value stated in the file, else the family's default, else None."""
+        return self.values.get(field)
+
+    def integer(self, field: str, *, minimum: int = 1) -> int:
+        """An integer of at least `minimum`, which stands in for a wrong one."""
+        value = self.get(field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self.refuse(field, f"must be an integer >= {minimum}, got {value!r}")
+            return minimum
+        return value
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """Zero, one or several token ids: null, an integer or a list; () stands in for a wrong one."""
+        value = self.get(field)
+        ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            self.refuse(field, f"must be null, a token id or a list of them, got {value!r}")
+            return ()
+        return tuple(ids)
+
+    def number(self, field: str) -> float:
+        """A positive finite number; 1.0 stands in for a wrong one."""
+        value = self.get(field)
+        if not is_positive_number(value):
+            self.refuse(field, f"must be a positive number, got {value!r}")
+            return 1.0
+        return float(value)
+
+    def optional_number(self, field: str) -> float | None:
+        """A positive number, or None where the field is null or absent."""
+        return None if self.get(field) is None else self.number(field)
+
+    def flag(self, field: str) -> bool:
+        """A boolean; False stands in for a wrong one."""
+        value = self.get(field)
+        if not isinstance(value, bool):
+            self.refuse(field, f"must be true or false, got {value!r}")
+            return False
+        return value
+
+
+def is_positive_number(value: Any) -> bool:
+    """True for a finite int or float above zero (bool excluded)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

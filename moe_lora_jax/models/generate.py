@@ -1,0 +1,169 @@
+"""Text generation: prefill and decoding in one compiled program."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_lora_jax.models.cache import KVCache
+from moe_lora_jax.models.sampling import Sampling, choose
+
+# Room for ending ids, so that another number of them does not compile another program.
+_EOS_SLOTS = 8
+
+
+def generate(
+    model: Any,
+    input_ids: jax.Array,
+    attention_mask: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Continue each prompt: int32 [batch, seq + max_new_tokens], prompts included.
+
+    The first call with given shapes compiles; temperature, top_p, ending ids, weights and prompts can then change
+    freely. The model runs in evaluation mode (no dropout) and is not changed. Decoding stops once every row has ended.
+
+    Prompts may be padded on either side. New tokens always follow in column `seq`; after a right-padded prompt they
+    continue the positions of its real tokens, so the result equals that of the prompt without padding.
+
+    Args:
+        model: has `config`, `hidden_states` and `head` like `CausalLM`, with or without adapters.
+        input_ids: integers [batch, seq].
+        attention_mask: [batch, seq], non-zero for real tokens; None if all are real.
+        max_new_tokens: at least 1.
+        temperature: 0 takes the most likely token; above 0, tokens are drawn from softmax(logits / temperature).
+        top_k, top_p: restrict the draw, see `sampling.choose`.
+        eos_token_id: ids that end a row; None takes the model's, an empty sequence none.
+        pad_token_id: fills ended rows; None takes the model's, or else the first ending id.
+        key: `jax.random.key`, required when drawing; the same key gives the same tokens.
+
+    Raises:
+        ValueError: an argument out of its range, no key to draw with, or a row without real tokens.
+    """
+    ids = jnp.asarray(input_ids, jnp.int32)
+    mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
+    _check(ids, mask, max_new_tokens, temperature, top_k, top_p, key)
+    if eos_token_id is None:
+        eos = model.config.eos_token_id
+    else:
+        eos = (eos_token_id,) if isinstance(eos_token_id, int | np.integer) else tuple(eos_token_id)
+    pad = next((i for i in (pad_token_id, model.config.pad_token_id, *eos) if i is not None), 0)
+    greedy = temperature == 0
+    sampling = Sampling(greedy=greedy, top_k=None if greedy else top_k, nucleus=not greedy and top_p is not None)
+    evaluating = nnx.with_attributes(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+    graphdef, state = nnx.split(evaluating)
+    settings = (jnp.float32(temperature), jnp.float32(1.0 if top_p is None else top_p))
+    new = _generate(
+        state,
+        ids,
+        mask,
+        jnp.asarray([*eos, *[-1] * (_EOS_SLOTS - len(eos))], jnp.int32),
+        jnp.int32(pad),
+        settings,
+        jax.random.key(0) if key is None else key,  # greedy choice ignores it
+        graphdef=graphdef,
+        steps=max_new_tokens,
+        sampling=sampling,
+    )
+    return jnp.concatenate([ids, new], axis=1)
+
+
+class _Decoding(NamedTuple):
+    """The loop's state: the next step, the last tokens [batch], all new ones [batch, steps], which rows have ended."""
+
+    step: jax.Array
+    token: jax.Array
+    tokens: jax.Array
+    ended: jax.Array
+    cache: KVCache
+
+
+@partial(jax.jit, static_argnames=("graphdef", "steps", "sampling"))
+def _generate(
+    state: nnx.State,
+    ids: jax.Array,
+    mask: jax.Array,
+    eos: jax.Array,
+    pad: jax.Array,
+    settings: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    steps: int,
+    sampling: Sampling,
+) -> jax.Array:
+    """New tokens, int32 [batch, steps]. The weights are an argument, so that other weights reuse the program."""
+    batch, length = ids.shape
+
+    def choose_next(logits: jax.Array, step: jax.Array | int) -> jax.Array:
+        return choose(logits, sampling, *settings, jax.random.fold_in(key, step))
+
+    def unfinished(now: _Decoding) -> jax.Array:
+        return (now.step < steps) & ~jnp.all(now.ended)
+
+    def decode(now: _Decoding) -> _Decoding:
+        model = nnx.merge(graphdef, state)  # here, because a module cannot change across trace levels
+        hidden, cache = model.hidden_states(now.token[:, None], cache=now.cache)
+        token = jnp.where(now.ended, pad, choose_next(model.head(hidden[:, 0]), now.step))
+        return _Decoding(
+            step=now.step + 1,
+            token=token,
+            tokens=now.tokens.at[:, now.step].set(token),
+            ended=now.ended | jnp.isin(token, eos),
+            cache=cache,
+        )
+
+    model = nnx.merge(graphdef, state)
+    # The last new token is never read back, so it needs no slot.
+    cache = model.empty_cache(batch, length + steps - 1)
+    hidden, cache = model.hidden_states(ids, mask, cache=cache)
+    last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    first = choose_next(model.head(hidden[jnp.arange(batch), last]), 0)
+    start = _Decoding(
+        step=jnp.int32(1),
+        token=first,
+        tokens=jnp.full((batch, steps), pad).at[:, 0].set(first),
+        ended=jnp.isin(first, eos),
+        cache=cache,
+    )
+    return jax.lax.while_loop(unfinished, decode, start).tokens
+
+
+def _check(
+    ids: jax.Array,
+    mask: jax.Array,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    key: jax.Array | None,
+) -> None:
+    """Refuse what would otherwise run and mean nothing."""
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be [batch, seq] with seq >= 1, got shape {ids.shape}")
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids has {ids.shape}")
+    empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
+    if empty.size:
+        raise ValueError(f"attention_mask: rows {empty.tolist()} have no real token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if temperature > 0 and key is None:
+        raise ValueError("temperature > 0 draws tokens: pass key=jax.random.key(seed)")

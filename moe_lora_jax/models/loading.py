@@ -1,0 +1,110 @@
+"""From a local Hugging Face directory to a `CausalLM`. Strict: every tensor is used, checked, or the load fails."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from interop.errors import CheckpointError
+from moe_lora_jax.models.causal_lm import CausalLM
+from moe_lora_jax.models.config import DTYPES, DecoderConfig
+from moe_lora_jax.models.weight_files import WeightFiles, read_json
+
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Written by old transformers; recomputed from the config.
+_INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def load_base_model(directory: str | os.PathLike[str], *, dtype: Any = None) -> CausalLM:
+    """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
+
+    Tensors are read one at a time from memory-mapped files, so the peak is the model plus one tensor. No random
+    weights are made. Ids that end a text or pad come from generation_config.json where it states them.
+
+    Args:
+        directory: what `save_pretrained` of transformers wrote, for a supported architecture.
+        dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
+
+    Raises:
+        CheckpointError: not a model directory, unreadable files, or tensors that are missing, unexpected, of the
+            wrong shape or of an unsupported dtype; all of them in one error.
+        ConfigError: the architecture or fields of config.json are not supported, by name.
+        ValueError: an unsupported `dtype`.
+    """
+    wanted = None if dtype is None else jnp.dtype(dtype).name
+    if wanted is not None and wanted not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"cannot load {directory}", ["not a directory (models are read from local ones only)"])
+    stated = read_json(directory / "config.json")
+    if (directory / "generation_config.json").is_file():
+        generation = read_json(directory / "generation_config.json")
+        ids = {name: generation.get(name) for name in ("eos_token_id", "pad_token_id")}
+        stated |= {name: value for name, value in ids.items() if value is not None}
+    config = DecoderConfig.from_hf(stated, name_or_path=str(directory))
+
+    with WeightFiles(directory) as files:
+        config = replace(config, dtype=wanted or _stored_dtype(files, stated))
+        abstract = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(abstract)
+        parameters = nnx.to_flat_state(state)
+        names = {path: _stored_name(path) for path, _ in parameters}
+        _check(files, {names[path]: _stored_shape(path, variable) for path, variable in parameters}, config)
+        filled = [(path, variable.replace(_read(files, path, config.dtype))) for path, variable in parameters]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _stored_name(path: tuple[Any, ...]) -> str:
+    """NNX path -> key in the file: only the leaf is called differently."""
+    leaf = {"kernel": "weight", "embedding": "weight"}.get(path[-1], path[-1])
+    return ".".join(str(part) for part in (*path[:-1], leaf))
+
+
+def _stored_shape(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[int, ...]:
+    """Linear weights are stored [out, in] and used [in, out]."""
+    return variable.shape[::-1] if path[-1] == "kernel" else variable.shape
+
+
+def _read(files: WeightFiles, path: tuple[Any, ...], dtype: str) -> jax.Array:
+    stored = files.read(_stored_name(path))
+    oriented = stored.T if path[-1] == "kernel" else stored
+    # A copy, always: whether safetensors returns memory of its own or of the mapped file is its business, and the
+    # model must not follow a file that is overwritten. JAX transposes while copying, faster than numpy does.
+    return jnp.array(oriented.astype(dtype, copy=False), copy=True)
+
+
+def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
+    """The dtype of the tensors; where they differ, config.json must say which is meant."""
+    kinds = sorted({kind for key, kind in files.dtypes.items() if not _INERT.fullmatch(key)})
+    if len(kinds) == 1:
+        return _STORED_DTYPES.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
+    declared = stated.get("dtype") or stated.get("torch_dtype")
+    if declared is None:
+        raise CheckpointError(f"cannot load {files.directory}", [f"tensors are {', '.join(kinds)}: pass dtype="])
+    return declared
+
+
+def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: DecoderConfig) -> None:
+    """Compare names, shapes and dtypes with what the config implies, from the headers alone."""
+    problems = [f"{key}: missing, expected shape {shape}" for key, shape in expected.items() if key not in files.shapes]
+    for key, shape in files.shapes.items():
+        if key in expected and shape != expected[key]:
+            problems.append(f"{key}: shape {shape}, expected {expected[key]}")
+        if key in expected and files.dtypes[key] not in _STORED_DTYPES:
+            problems.append(f"{key}: stored as {files.dtypes[key]}, supported are {', '.join(_STORED_DTYPES)}")
+        if key in expected or _INERT.fullmatch(key):
+            continue
+        if key != _HEAD or _EMBEDDING not in files.shapes:
+            problems.append(f"{key}: unexpected, shape {shape}")
+        elif not np.array_equal(files.read(_HEAD), files.read(_EMBEDDING)):
+            problems.append(f"{_HEAD}: differs from {_EMBEDDING}, but config.json says tie_word_embeddings")
+    if problems:
+        raise CheckpointError(f"the weights in {files.directory} are not those of this {config.architecture}", problems)

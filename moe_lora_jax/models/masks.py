@@ -1,0 +1,42 @@
+"""Which keys each query may see."""
+
+import jax
+import jax.numpy as jnp
+
+
+def real_positions(real: jax.Array) -> jax.Array:
+    """Position of each token counted from the first real one of its row: bool [batch, seq] -> int32 [batch, seq].
+
+    Right for left padding, right padding and none; padding tokens get a position that nobody uses.
+    """
+    return jnp.maximum(jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def visible(
+    query_slots: jax.Array,
+    key_slots: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    real: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """Causal visibility, as bool [batch or 1, 1, queries, keys].
+
+    A query sees the real keys written no later than itself and, with a window, fewer than `window` positions back.
+    Order is that of the slots (columns of the batch, or of the cache). Distance is that of the positions, because a
+    right-padded prompt leaves a gap of unused slots before the tokens generated after it.
+
+    Args:
+        query_slots: int32 [queries].
+        key_slots: int32 [keys].
+        query_positions: int32 [batch or 1, queries].
+        key_positions: int32 [batch or 1, keys].
+        real: bool [batch, keys], False for padding; None if there is none.
+        window: how many tokens back a query sees, itself included; None for all.
+    """
+    mask = (key_slots <= query_slots[:, None])[None]
+    if real is not None:
+        mask = mask & real[:, None, :]
+    if window is not None:
+        mask = mask & (query_positions[:, :, None] - key_positions[:, None, :] < window)
+    return mask[:, None]

@@ -1,0 +1,97 @@
+"""A directory's safetensors files as one mapping from key to tensor. Headers first; tensors one at a time."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs to return it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from interop.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: absent, unreadable, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}", [str(error)]) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"cannot read {path}", [f"an object is expected, found {type(value).__name__}"])
+    return value
+
+
+class WeightFiles(ExitStack):
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists (in that order, like transformers).
+
+    A context manager. Entering memory-maps the files and reads their headers only.
+
+    Attributes:
+        shapes: key -> shape.
+        dtypes: key -> safetensors dtype name ("F32", "BF16", ...).
+    """
+
+    def __init__(self, directory: Path):
+        """Raises CheckpointError, with every problem of the index and the files."""
+        super().__init__()
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in the stored dtype."""
+        return self._handles[key].get_tensor(key)
+
+    def _open(self) -> None:
+        index = self._index()
+        problems = []
+        for name in [SINGLE] if index is None else sorted(set(index.values())):
+            try:
+                handle = self.enter_context(safe_open(self.directory / name, framework="numpy"))
+            except (OSError, SafetensorError) as error:
+                problems.append(f"{name}: {error}")
+                continue
+            for key in handle.keys():
+                if index is not None and index.get(key) != name:
+                    problems.append(f"{key}: found in {name}, but the index says {index.get(key)}")
+                    continue
+                part = handle.get_slice(key)
+                self._handles[key] = handle
+                self.shapes[key] = tuple(part.get_shape())
+                self.dtypes[key] = part.get_dtype()
+        if not problems and index is not None:
+            absent = {key: name for key, name in index.items() if key not in self.shapes}
+            problems = [f"{key}: not in {name}, where the index puts it" for key, name in absent.items()]
+        if problems:
+            raise CheckpointError(f"cannot read the weights in {self.directory}", problems)
+
+    def _index(self) -> dict[str, str] | None:
+        """key -> file name, or None if there is a single file."""
+        if (self.directory / SINGLE).is_file():
+            return None
+        if not (self.directory / INDEX).is_file():
+            found = sorted(path.name for path in self.directory.glob("*.bin"))
+            hint = f"; {', '.join(found)} is a pickle: save the model as safetensors first" if found else ""
+            raise CheckpointError(f"no weights in {self.directory}", [f"neither {SINGLE} nor {INDEX}{hint}"])
+        index = read_json(self.directory / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"cannot read {self.directory / INDEX}", ["weight_map: missing or empty"])
+        # An index comes with the download: it must not point outside its directory.
+        bad = [f"{key}: {name!r} is not a file name" for key, name in index.items() if Path(str(name)).name != name]
+        if bad:
+            raise CheckpointError(f"cannot read {self.directory / INDEX}", bad)
+        return index

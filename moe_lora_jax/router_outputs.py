@@ -1,0 +1,50 @@
+"""From what routers sowed during a forward pass to {module path: RouterOutput}."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from interop.config import MoeLoraConfig
+from moe_lora_jax.router import RouterOutput
+
+MODEL = "model"
+"""The name of a router of the whole model."""
+
+
+def router_outputs(
+    records: nnx.State, config: MoeLoraConfig | None, batch_seq: tuple[int, int]
+) -> dict[str, RouterOutput]:
+    """Sorts the records of one call by module, each reshaped to [batch, seq, (split,) expert].
+
+    Args:
+        records: the state that `nnx.capture` returned.
+        config: the adapter's config; None without adapter.
+        batch_seq: shape of the input ids.
+    """
+    found: dict[str, RouterOutput] = {}
+    for path, variable in nnx.to_flat_state(records):
+        *owner, _ = (str(part) for part in path if part != "base_layer")
+        (decision,) = variable.get_value()
+        assert config is not None, "only adapters record"
+        if owner == ["moe_lora_router"]:
+            names = config.module_order if config.layerwise and config.module_order else [MODEL]
+            for index, name in enumerate(names):
+                found[name] = _shaped(decision, batch_seq, lambda a, i=index: a[:, i])
+        else:
+            found[".".join(owner[:-1])] = _shaped(decision, batch_seq, lambda a: a)
+    return dict(sorted(found.items()))
+
+
+def _shaped(decision: RouterOutput, batch_seq: tuple[int, int], pick: Any) -> RouterOutput:
+    def shape(rows: jax.Array) -> jax.Array:
+        picked = pick(rows)  # [rows, split, expert]
+        if picked.shape[1] == 1:
+            picked = picked[:, 0]
+        batch, seq = batch_seq
+        if picked.shape[0] == batch * seq:
+            return picked.reshape(batch, seq, *picked.shape[1:])
+        return jnp.broadcast_to(picked[:, None], (batch, seq, *picked.shape[1:]))
+
+    return RouterOutput(shape(decision.logits), shape(decision.gates))
