@@ -9,13 +9,16 @@ from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.router import Router, RouterOutput
 
 __all__ = [
+    "CausalLM",
     "MoeLoraConfig",
     "MoeLoraLinear",
     "MoeLoraParam",
     "Router",
     "RouterOutput",
     "apply_moe_lora",
+    "generate",
     "load_adapter",
+    "load_base_model",
     "remove_moe_lora",
     "save_pretrained",
     "to_adapter",

@@ -129,7 +129,7 @@ def _add_model_router(model: Any, config: MoeLoraConfig, routed: list[str], rngs
     if not hasattr(model, "moe_lora_router"):
         problem = (
             f"scope {config.scope} with router_input {config.router_input}: {type(model).__name__} has no place for a "
-            "router of the model (an attribute moe_lora_router that its forward pass uses), expected scope linear or ffn"
+            "router of the model (an attribute moe_lora_router that its forward uses), expected scope linear or ffn"
         )
         raise ConfigError("the config does not fit the model", [problem])
     model.moe_lora_router = ModelRouter(model.config.hidden_size, len(routed), config=config, rngs=rngs)

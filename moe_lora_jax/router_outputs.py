@@ -14,7 +14,7 @@ MODEL = "model"
 
 
 def router_outputs(
-    records: nnx.State, config: MoeLoraConfig | None, batch_seq: tuple[int, int]
+    records: nnx.State, config: MoeLoraConfig | None, batch_seq: tuple[int, ...]
 ) -> dict[str, RouterOutput]:
     """Sorts the records of one call by module, each reshaped to [batch, seq, (split,) expert].
 
@@ -37,7 +37,7 @@ def router_outputs(
     return dict(sorted(found.items()))
 
 
-def _shaped(decision: RouterOutput, batch_seq: tuple[int, int], pick: Any) -> RouterOutput:
+def _shaped(decision: RouterOutput, batch_seq: tuple[int, ...], pick: Any) -> RouterOutput:
     def shape(rows: jax.Array) -> jax.Array:
         picked = pick(rows)  # [rows, split, expert]
         if picked.shape[1] == 1:

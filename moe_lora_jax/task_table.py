@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def task_rows(table: jax.Array, task_ids: jax.Array) -> jax.Array:
     """Rows of `table` [task, dim] for task ids [batch], or the mean over ids > 0 for [batch, n]: [batch, dim].
 
-    Ids outside 0..task-1 give NaN, since inside jit nothing can raise; id 0 in [batch, n] means "none" (MOELoRA's rule).
+    Ids outside 0..task-1 give NaN, as nothing can raise inside jit; in [batch, n] id 0 means "none" (MOELoRA's rule).
 
     Raises:
         ValueError: the ids are no integers of shape [batch] or [batch, n].

@@ -55,5 +55,5 @@ XLORA = Dialect(
     stride=("xlora_dropout_p", 2, 3),
     notes="one softmax router for the model on its last hidden state; unequal ranks and alphas; the order of modules "
     "in a layerwise router is not stored",
-    hint="peft 0.20.1.dev0 and 0.21 save X-LoRA classifiers empty or truncated; what is missing is lost (0.19.1 saves it)",
+    hint="peft 0.20.1.dev0 and 0.21 save X-LoRA classifiers empty or truncated, so what is missing is lost",
 )

@@ -65,7 +65,7 @@ class CausalLM(nnx.Module):
         if not return_router:
             return self._logits(input_ids, attention_mask, **arguments)
         logits, records = nnx.capture(self._logits, RouterRecord)(input_ids, attention_mask, **arguments)
-        router = router_outputs(records, getattr(self, "moe_lora_config", None), jnp.shape(input_ids))
+        router = router_outputs(records, getattr(self, "moe_lora_config", None), input_ids.shape)
         return (logits, router) if cache is None else (*logits, router)
 
     def _logits(self, input_ids: jax.Array, attention_mask: jax.Array | None, **arguments: Any) -> Any:
@@ -89,7 +89,7 @@ class CausalLM(nnx.Module):
             input_ids: integers [batch, seq].
             attention_mask: [batch, seq], non-zero for real tokens, padded on either side; None if all are real. With
                 a cache, it covers the new tokens only.
-            cache: from `empty_cache`, with room for the new tokens. A new cache is returned; the given one is not changed.
+            cache: from `empty_cache`, with room for the new tokens. A new one is returned; the given one stays.
             positions: integers [batch, seq] that replace the default, which counts the real tokens of each row.
                 They set rotary angles and window distances; causal order is always that of the columns.
 
@@ -114,9 +114,9 @@ class CausalLM(nnx.Module):
         input_ids: jax.Array,
         real: jax.Array | None,
         positions: jax.Array | None,
-        cache: Cache | None,
+        cache: Any,
         task_ids: jax.Array | None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Any]:
         router = self.moe_lora_router
         if task_ids is not None and (router is None or router.reads_hidden):
             raise ValueError("task_ids were given, but this model has no adapter that routes by task")

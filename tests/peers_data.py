@@ -1,0 +1,45 @@
+"""The adapters in tests/peers, with what their provenance says of them."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent / "peers"
+BASES = {"hydralora": "mha", "loramoe": "mha", "mola": "mha", "moe_peft": "moe_peft"}
+BLOG_OPTIONS = {"router_input": "hidden", "top_k": None}  # what the blog's layout does not record
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+
+    @property
+    def directory(self) -> Path:
+        return ROOT / self.name
+
+    @property
+    def base(self) -> Path:
+        return ROOT / "bases" / BASES.get(self.name.split("/")[0], "gqa")
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        return json.loads((self.directory / "provenance.json").read_text())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.provenance.get("read_options", BLOG_OPTIONS if self.name.startswith("seed_style") else {})
+
+    @property
+    def reference(self) -> dict[str, np.ndarray]:
+        with np.load(self.directory / "reference.npz") as archive:
+            return dict(archive)
+
+
+ALL = [Peer(str(path.parent.relative_to(ROOT))) for path in sorted(ROOT.glob("**/provenance.json"))]
+REFUSED = [p for p in ALL if p.provenance.get("must_refuse") or p.provenance.get("may_refuse")]
+READABLE = [p for p in ALL if p not in REFUSED]
+WITH_LOGITS = [p for p in READABLE if (p.directory / "reference.npz").exists()]

@@ -1,0 +1,125 @@
+"""Adapters that other programs wrote: read, run, convert, written back, trained further."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import interop
+import moe_lora_jax as mlj
+from tests.peers_data import ALL, READABLE, REFUSED, WITH_LOGITS, Peer
+
+LAYOUTS = {
+    "adamole/adamole": "adamole",
+    "adamole/mole_threshold": "mole",
+    "adamole/mole_topk": "mole",
+    "arrow/arrow": "arrow",
+    "hydralora/adapter": "hydralora",
+    "loramoe/adapter": "loramoe",
+    "moe_peft/loramoe": "moe-peft-loramoe",
+    "moe_peft/mixlora": "mixlora",
+    "moe_peft/mola": "moe-peft-mola",
+    "moelora/adapter": "moelora",
+    "mola/adapter": "mola",
+    "poly/mhr_splits2": "poly",
+    "poly/poly": "poly",
+    "seed_style/all_experts": "peft-router",
+    "xlora/depth1_layerwise": "xlora",
+    "xlora/depth2": "xlora",
+    "xlora/depth2_topk": "xlora",
+}
+named = pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
+
+
+def load(peer: Peer) -> nnx.Module:
+    return mlj.load_adapter(mlj.load_base_model(peer.base), peer.directory, **peer.options)
+
+
+def arguments(peer: Peer, ids: str = "task_ids") -> dict[str, jnp.ndarray]:
+    return {"task_ids": jnp.asarray(peer.reference[ids])} if ids in peer.reference else {}
+
+
+def assert_identical(found: interop.Adapter, expected: interop.Adapter) -> None:
+    assert found.tensors.keys() == expected.tensors.keys()
+    for slot, tensor in expected.tensors.items():
+        assert found.tensors[slot].dtype == tensor.dtype
+        assert found.tensors[slot].tobytes() == tensor.tobytes(), slot
+    assert found.config == expected.config
+
+
+def test_every_peer_is_covered():
+    assert {p.name for p in READABLE} == LAYOUTS.keys()
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 22
+
+
+@named
+def test_the_layout_is_detected(peer):
+    assert interop.detect(peer.directory) == LAYOUTS[peer.name]
+
+
+@pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
+def test_jax_gives_the_peers_own_logits(peer):
+    reference = peer.reference
+    logits = load(peer)(jnp.asarray(reference["input_ids"]), **arguments(peer))
+    assert np.abs(reference["logits"] - reference["base_logits"]).max() > 0.3
+    np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
+
+
+def test_several_task_ids_are_averaged_as_the_peer_does():
+    peer = Peer("moelora/adapter")
+    logits = load(peer)(jnp.asarray(peer.reference["input_ids"]), **arguments(peer, "multi_task_ids"))
+    np.testing.assert_allclose(logits, peer.reference["multi_logits"], atol=1e-4)
+
+
+@named
+def test_through_native_and_back_to_its_own_layout_bit_for_bit(peer, tmp_path):
+    adapter = interop.read(peer.directory, **peer.options)
+    interop.write(adapter, tmp_path / "native")
+    native = interop.read(tmp_path / "native")
+    assert_identical(native, adapter)
+    layout = interop.detect(peer.directory)
+    interop.write(native, tmp_path / "theirs", layout)
+    assert interop.detect(tmp_path / "theirs") == layout
+    assert_identical(interop.read(tmp_path / "theirs", **peer.options), adapter)
+
+
+@named
+def test_through_the_nnx_tree_bit_for_bit(peer, tmp_path):
+    model = load(peer)
+    mlj.save_pretrained(model, tmp_path)
+    assert_identical(interop.read(tmp_path), interop.read(peer.directory, **peer.options))
+
+
+@pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
+def test_five_training_steps_lower_the_loss(peer):
+    model = load(peer)
+    model.train()
+    ids = jnp.asarray(peer.reference["input_ids"])
+    extra = arguments(peer)
+
+    def loss_of(model):
+        logits = model(ids, **extra)[:, :-1].astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, gradients = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, mlj.MoeLoraParam))(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=mlj.MoeLoraParam)
+    losses = [float(step(model, optimizer)) for _ in range(6)]
+    assert losses[-1] < losses[0] and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("peer", REFUSED, ids=lambda p: p.name)
+def test_refusals_say_why(peer):
+    reason = {
+        "seed_style": "found expert = 1, expected 4",
+        "xlora/broken": r"peft 0.20.1.dev0 and 0.21 save X-LoRA classifiers empty or truncated",
+        "xlora/depth2_scaling_pass": "scaling_pass_value: found 0.3, expected 0.0",
+    }
+    expected = next(text for start, text in reason.items() if peer.name.startswith(start))
+    with pytest.raises(interop.CheckpointError, match=expected):
+        interop.read(peer.directory, **peer.options)
