@@ -45,6 +45,8 @@ BOOKKEEPING = ("base_model_name_or_path", "revision", "task_type", "inference_mo
 class MoeLoraConfig:
     """Configuration of a mixture-of-LoRA-experts adapter. Validated at construction; treat its lists as read-only.
 
+    Two configs are equal if they describe the same function: PEFT's bookkeeping fields are not compared.
+
     Args:
         r: rank of ONE expert, or one rank per expert.
         lora_alpha: numerator of the scaling s = lora_alpha / r, or one per expert.
@@ -134,12 +136,12 @@ class MoeLoraConfig:
 
     format_version: int = FORMAT_VERSION
     peft_type: str = PEFT_TYPE
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    task_type: str | None = None
-    inference_mode: bool = False
-    auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = None
+    base_model_name_or_path: str | None = dataclasses.field(default=None, compare=False)
+    revision: str | None = dataclasses.field(default=None, compare=False)
+    task_type: str | None = dataclasses.field(default=None, compare=False)
+    inference_mode: bool = dataclasses.field(default=False, compare=False)
+    auto_mapping: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
+    peft_version: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -151,7 +153,7 @@ class MoeLoraConfig:
             raise ConfigError("invalid MoeLoraConfig", problems)
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict(), sort_keys=True))
+        return hash(json.dumps(self.semantic_dict(), sort_keys=True))
 
     @property
     def targets(self) -> Targets:
