@@ -34,6 +34,7 @@ from typing import Any
 
 from interop import validation
 from interop.errors import ConfigError
+from interop.presets import PRESETS, SHARE
 from interop.targets import Targets
 from interop.validation import FORMAT_VERSION, PEFT_TYPE
 
@@ -84,7 +85,10 @@ class MoeLoraConfig:
         expert_dropout: dropout on the gates (kept ones scaled by 1/(1-p)), in training.
         router_dropout: dropout between the layers of a deep router, in training.
         router_jitter_noise: eps; the router's input is multiplied by U(1-eps, 1+eps), in training.
-        router_aux_loss_coef, router_z_loss_coef: coefficients of the load-balancing and of the z loss.
+        router_aux_loss: how use is balanced: "switch" (mean of the modules' losses, arXiv:2101.03961), "mixtral" (the
+            modules' tokens pooled, as transformers does) or "localized" (LoRAMoE's constraint, arXiv:2312.09979).
+        router_aux_loss_delta: delta of the localized loss: how far the two halves of the experts are pulled apart.
+        router_aux_loss_coef, router_z_loss_coef: coefficients of the balancing and of the z loss (arXiv:2202.08906).
         format_version: version of the native file format.
         base_model_name_or_path, revision, task_type, inference_mode, auto_mapping, peft_version, peft_type: PEFT's.
 
@@ -131,6 +135,8 @@ class MoeLoraConfig:
     expert_dropout: float = 0.0
     router_dropout: float = 0.0
     router_jitter_noise: float = 0.0
+    router_aux_loss: str = "switch"
+    router_aux_loss_delta: float = 0.0
     router_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
 
@@ -228,6 +234,24 @@ class MoeLoraConfig:
         if unknown:
             raise ConfigError("invalid adapter_config.json", unknown)
         return cls(**{k: v for k, v in data.items() if k in known})
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> "MoeLoraConfig":
+        """A published method's routing (`interop.presets.PRESETS`), with any field set otherwise.
+
+        Example:
+            >>> MoeLoraConfig.preset("mixlora", num_experts=8, target_modules="all-linear").scope
+            'ffn'
+
+        Raises:
+            ConfigError: no preset of this name, or fields that do not go with it.
+        """
+        if name not in PRESETS:
+            problem = f"preset: found {name!r}, expected one of {', '.join(sorted(PRESETS))}"
+            raise ConfigError("unknown preset", [problem])
+        values = {**PRESETS[name], **fields}
+        experts = values.get("num_experts", cls.num_experts)
+        return cls(**{k: 1 / experts if v is SHARE else v for k, v in values.items()})
 
     def semantic_dict(self) -> dict[str, Any]:
         """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""

@@ -14,6 +14,7 @@ SCORING_FUNCS = ("softmax", "abs_softmax", "sigmoid")
 SCOPES = ("linear", "ffn", "model")
 ROUTER_INPUTS = ("hidden", "task")
 MIXES = ("outputs", "weights")
+AUX_LOSSES = ("switch", "mixtral", "localized")
 
 
 def problems(config: "MoeLoraConfig") -> list[str]:
@@ -133,6 +134,8 @@ FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "expert_dropout": _FRACTION,
     "router_dropout": _FRACTION,
     "router_jitter_noise": _FRACTION,
+    "router_aux_loss": _one_of(AUX_LOSSES),
+    "router_aux_loss_delta": _FRACTION,
     "router_aux_loss_coef": _COEFFICIENT,
     "router_z_loss_coef": _COEFFICIENT,
     "format_version": (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION}"),
@@ -152,6 +155,11 @@ def _selects(c: "MoeLoraConfig") -> bool:
 
 def _lists(c: "MoeLoraConfig") -> Iterator[list]:
     return (v for v in (c.r, c.lora_alpha) if isinstance(v, list))
+
+
+def _all_experts(c: "MoeLoraConfig") -> set[int]:
+    """The numbers of experts of routed modules."""
+    return {c.num_experts, *c.num_experts_pattern.values()} - {1}
 
 
 # (fields, whether they clash, the message); checked only where every field named is right alone
@@ -271,6 +279,23 @@ COMBINATIONS: list[tuple[tuple[str, ...], Callable[["MoeLoraConfig"], bool], str
         ("router_jitter_noise", "router_input"),
         lambda c: c.router_jitter_noise > 0 and c.router_input == "task",
         "found {c.router_jitter_noise} with router_input task, expected 0",
+    ),
+    (
+        ("router_aux_loss", "router_aux_loss_coef", "num_experts", "num_experts_pattern"),
+        lambda c: (
+            c.router_aux_loss == "localized" and c.router_aux_loss_coef > 0 and any(n % 2 for n in _all_experts(c))
+        ),
+        "found localized with {c.num_experts} experts, expected an even number: its two halves are pulled apart",
+    ),
+    (
+        ("router_aux_loss", "num_experts_pattern"),
+        lambda c: c.router_aux_loss == "mixtral" and len(_all_experts(c)) > 1,
+        "found mixtral with num_experts that differ by module, expected one number: their tokens are pooled",
+    ),
+    (
+        ("router_aux_loss_delta", "router_aux_loss"),
+        lambda c: c.router_aux_loss_delta > 0 and c.router_aux_loss != "localized",
+        "found {c.router_aux_loss_delta} with router_aux_loss {c.router_aux_loss}, expected 0",
     ),
     (
         ("n_splits", "mix"),

@@ -14,9 +14,16 @@ LORAMOE = Dialect(
         Rule("lora_B", f"{_PREFIX}.lora_B{{expert}}.weight", "out rank"),
         Rule("router", f"{_PREFIX}.lora_route.weight", "logit in"),
     ),
-    fields=(Field("num_experts", "lora_nums"), Field("r", "r"), *LORA),
+    fields=(
+        Field("num_experts", "lora_nums"),
+        Field("r", "r"),
+        Field("router_aux_loss_coef", "blc_weight", default=0.0),
+        Field("router_aux_loss_delta", "blc_alpha", default=0.0),
+        *LORA,
+    ),
+    fixed={"router_aux_loss": "localized"},
     const={"peft_type": ("LORA",), "bias": ("none",)},
-    ignore=INERT | {"blc_alpha", "blc_weight"},
+    ignore=INERT,
     weights="adapter_model.bin",
     notes="dense softmax only; one E, r and alpha for all modules",
 )

@@ -31,7 +31,7 @@ PEFT_ROUTER = Dialect(
         Option("router_temperature", "divides the router's logits", default=1.0),
     ),
     experts_from_tensors=True,
-    hint="get_peft_model_state_dict writes one adapter: if the router has a row for each of several experts, the others "
+    hint="get_peft_model_state_dict writes one adapter: if the router has a row for each of several, the other experts "
     "were lost when this was saved",
     notes="one linear softmax router for the model; neither its input nor the selection is stored",
 )

@@ -23,7 +23,7 @@ _Fields = dataclasses.make_dataclass(
 )
 
 
-class MoeLoraConfig(_Fields):
+class MoeLoraConfig(_Fields):  # type: ignore[misc, valid-type]
     """Configuration of a MOE_LORA adapter for PEFT. `interop.config.MoeLoraConfig` documents the fields.
 
     PEFT changes its configs while it works (target_modules, inference_mode, ...), so this one is mutable; `neutral`
@@ -40,7 +40,7 @@ class MoeLoraConfig(_Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType(self.peft_type)
+        self.peft_type = PeftType(neutral_config.PEFT_TYPE)
         for name in ("target_modules", "exclude_modules"):  # PEFT looks names up in sets
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)

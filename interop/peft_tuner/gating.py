@@ -38,11 +38,13 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         top_k: of this module, or None.
         tau: the threshold, a number or [token, 1], or None.
     """
-    z = logits.abs() if config.scoring_func == "abs_softmax" else logits
+    # |z| by selection: its derivative at 0 is 1, as jax.numpy.abs has it, where torch.abs has 0
+    z = torch.where(logits >= 0, logits, -logits) if config.scoring_func == "abs_softmax" else logits
     is_softmax = config.scoring_func != "sigmoid"
     scores = z.softmax(-1) if is_softmax else z.sigmoid()
-    if top_k is not None:  # torch.topk breaks ties in no particular order
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
+    if top_k is not None:
+        # by z, which orders like p but does not saturate; torch.topk breaks ties in no particular order
+        order = z.sort(dim=-1, descending=True, stable=True).indices
         kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
     else:
         kept = torch.ones_like(scores, dtype=torch.bool) if tau is None else scores >= tau
@@ -50,7 +52,8 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         # the lowest finite number, not -inf: a row without any kept expert must not become NaN, nor its gradient
         gates = z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1) * kept
     else:
-        gates = torch.where(kept, scores - tau if config.adaptive_threshold else scores, 0.0)
+        weights = scores - tau if config.adaptive_threshold and tau is not None else scores
+        gates = torch.where(kept, weights, 0.0)
         if config.norm_topk_prob:
             total = gates.sum(-1, keepdim=True)
             gates = gates / torch.where(total > 0, total, 1.0)

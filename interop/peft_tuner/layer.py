@@ -15,6 +15,12 @@ from interop.peft_tuner.gating import Routing, route
 BASE_ADAPTER = "__base__"
 """In `adapter_names`: no adapter for this sample (PEFT's word)."""
 
+MERGE_REFUSAL = (
+    "a MOE_LORA adapter cannot be merged: its router weighs the experts anew for every token, so no single weight "
+    "matrix equals it. Keep the PeftModel as it is (unload() gives the base model back), or write an ordinary LoRA "
+    "with fixed gates, which can be merged: moe-lora export SRC DST --as lora"
+)
+
 
 def unsupported(module: nn.Module) -> str | None:
     """Why an adapter cannot wrap this layer, or None if it can."""
@@ -26,7 +32,7 @@ def unsupported(module: nn.Module) -> str | None:
     return None
 
 
-class MoeLoraLayer(BaseTunerLayer):
+class MoeLoraLayer(nn.Module, BaseTunerLayer):
     """The adapter's state on one layer, keyed by adapter name; every attribute starts with the prefix `moe_lora_`.
 
     moe_lora_A          [expert, rank, in]      [1, rank, in] with shared_lora_A; slice e is a stock PEFT lora_A.weight
@@ -43,6 +49,7 @@ class MoeLoraLayer(BaseTunerLayer):
     other_param_names = ("moe_lora_config", "moe_lora_module_config")
 
     def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.moe_lora_A = nn.ParameterDict()
         self.moe_lora_B = nn.ParameterDict()
@@ -51,17 +58,15 @@ class MoeLoraLayer(BaseTunerLayer):
         self.moe_lora_config: dict[str, MoeLoraConfig] = {}
         self.moe_lora_module_config: dict[str, ModuleConfig] = {}
         self.moe_lora_routing: dict[str, Routing] = {}
-        base = self.get_base_layer()
-        self.in_features, self.out_features = (
-            (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
-        )
+        base: Any = self.get_base_layer()
+        self.in_features: int = base.nx if isinstance(base, Conv1D) else base.in_features
+        self.out_features: int = base.nf if isinstance(base, Conv1D) else base.out_features
 
     def update_layer(self, adapter_name: str, config: MoeLoraConfig, module: ModuleConfig) -> None:
         """Creates the parameters of one adapter, in the base layer's dtype (PEFT then casts bf16 and fp16 to fp32)."""
         self.moe_lora_config[adapter_name] = config
         self.moe_lora_module_config[adapter_name] = module
-        weight = self.get_base_layer().weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        dtype = self.weight.dtype if self.weight.dtype.is_floating_point else torch.get_default_dtype()
         experts, rank = module.num_experts, module.rank
         self.moe_lora_A[adapter_name] = nn.Parameter(
             torch.empty(1 if module.shared_lora_A else experts, rank, self.in_features, dtype=dtype)
@@ -80,7 +85,8 @@ class MoeLoraLayer(BaseTunerLayer):
     @torch.no_grad()
     def reset_moe_lora_parameters(self, adapter_name: str, init_lora_weights: bool) -> None:
         """A ~ U(-1/sqrt(in), 1/sqrt(in)), which is PEFT's kaiming_uniform(a=sqrt(5)) per expert; B = 0, or normal with
-        std 1/rank when `init_lora_weights` is False; router and threshold weights ~ N(0, 0.02^2), biases 0."""
+        std 1/rank when `init_lora_weights` is False; router weights ~ N(0, 0.02^2) and biases 0, as in JAX; a learned
+        threshold starts at zero, so tau = threshold / 2 for every token."""
         lora_a, lora_b = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
         module = self.moe_lora_module_config[adapter_name]
         nn.init.uniform_(lora_a, -1 / math.sqrt(self.in_features), 1 / math.sqrt(self.in_features))
@@ -92,16 +98,17 @@ class MoeLoraLayer(BaseTunerLayer):
             lora_b[expert, :, rank:] = 0
             if not module.shared_lora_A:
                 lora_a[expert, rank:] = 0
-        for linears in (self.moe_lora_router, self.moe_lora_threshold):
+        for linears, std in ((self.moe_lora_router, 0.02), (self.moe_lora_threshold, 0.0)):
             if adapter_name in linears:
-                nn.init.normal_(linears[adapter_name].weight, std=0.02)
-                if linears[adapter_name].bias is not None:
-                    nn.init.zeros_(linears[adapter_name].bias)
+                linear: Any = linears[adapter_name]
+                nn.init.normal_(linear.weight, std=std)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Like PEFT's, but never rounds: PEFT casts an fp32 adapter that low_cpu_mem_usage has just loaded to the
         dtype of a bf16 base, and back up to fp32 afterwards."""
-        weight = self.get_base_layer().weight
+        weight = self.weight
         for name in self.adapter_layer_names:
             entries = getattr(self, name)
             if adapter_name not in entries or any(p.is_meta for p in entries.parameters()):
@@ -145,17 +152,16 @@ class MoeLoraLayer(BaseTunerLayer):
                 x = x * torch.empty_like(x).uniform_(1 - config.router_jitter_noise, 1 + config.router_jitter_noise)
             logits = _linear(self.moe_lora_router[adapter_name], x) / config.router_temperature
             tau: Tensor | float | None = config.threshold
-            if config.adaptive_threshold:
-                tau = config.threshold * _linear(self.moe_lora_threshold[adapter_name], x).sigmoid()
+            if config.adaptive_threshold and tau is not None:
+                tau = tau * _linear(self.moe_lora_threshold[adapter_name], x).sigmoid()
             return route(logits, config, self.moe_lora_module_config[adapter_name].top_k, tau)
 
 
-class Linear(nn.Module, MoeLoraLayer):
+class Linear(MoeLoraLayer):
     """y = W0 x + the deltas of the active adapters. Wraps torch.nn.Linear and transformers' Conv1D."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoeLoraConfig, module: ModuleConfig) -> None:
-        super().__init__()
-        MoeLoraLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, module)
 
@@ -175,7 +181,8 @@ class Linear(nn.Module, MoeLoraLayer):
         """Adds to each sample the delta of the adapter that `adapter_names` gives it."""
         if len(x) != len(adapter_names):
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries, expected one for each of {len(x)} samples"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
             )
         for name in sorted(set(adapter_names) - {BASE_ADAPTER}):
             if name in self.moe_lora_A:
@@ -199,19 +206,12 @@ class Linear(nn.Module, MoeLoraLayer):
         return "moe_lora." + super().__repr__()
 
 
-MERGE_REFUSAL = (
-    "a MOE_LORA adapter cannot be merged: its router weighs the experts anew for every token, so no single weight matrix "
-    "equals it. Keep the PeftModel as it is (unload() gives the base model back), or write an ordinary LoRA with fixed "
-    "gates, which can be merged: moe-lora export SRC DST --as lora"
-)
-
-
 def _scaled(gates: Tensor, scalings: tuple[float, ...]) -> Tensor:
     """g_e s_e; a plain number when all s_e are equal, which spares a copy to the device in every forward."""
     return gates * (scalings[0] if len(set(scalings)) == 1 else gates.new_tensor(scalings))
 
 
-def _linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """The linear layer in the dtype of x, whatever dtype its parameters are stored in."""
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    """An nn.Linear (ModuleDict forgets the type) in the dtype of x, whatever dtype its parameters are stored in."""
     bias = None if linear.bias is None else linear.bias.to(x.dtype)
     return F.linear(x, linear.weight.to(x.dtype), bias)

@@ -23,16 +23,24 @@ from interop.peft_tuner.gating import Routing
 from interop.peft_tuner.layer import MoeLoraLayer
 
 
-def load_balancing_loss(routing: Routing, counts_kept: bool) -> Tensor:
-    """L_m of one module; `counts_kept` selects the top-k form of f."""
+def load_balancing_loss(routing: Routing, counts_kept: bool, real: Tensor | None = None) -> Tensor:
+    """L_m of one module. `counts_kept` selects the top-k form of f; `real` [token] is 1 for real tokens, else 0."""
     probabilities = routing.scores / routing.scores.sum(-1, keepdim=True)
     share = routing.kept.to(probabilities.dtype) if counts_kept else routing.gates
-    return probabilities.shape[-1] * (share.mean(0) * probabilities.mean(0)).sum()
+    return probabilities.shape[-1] * (_token_mean(share, real) * _token_mean(probabilities, real)).sum()
 
 
-def z_loss(routing: Routing) -> Tensor:
-    """Z_m of one module."""
-    return routing.logits.logsumexp(-1).square().mean()
+def z_loss(routing: Routing, real: Tensor | None = None) -> Tensor:
+    """Z_m of one module; `real` as in `load_balancing_loss`."""
+    return _token_mean(routing.logits.logsumexp(-1).square(), real)
+
+
+def _token_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the first axis of the real tokens, zero without any; by weights, because a selection of tokens would
+    have a size that an accelerator and a compiler do not know beforehand."""
+    if real is None:
+        return values.mean(0)
+    return torch.tensordot(real, values, dims=1) / real.sum().clamp(min=1)
 
 
 def moe_lora_aux_loss(model: nn.Module, attention_mask: Tensor | None = None) -> Tensor:
@@ -65,12 +73,13 @@ def moe_lora_aux_loss(model: nn.Module, attention_mask: Tensor | None = None) ->
     total = torch.zeros((), device=next(model.parameters()).device)
     for adapter, layers in by_adapter.items():
         config = layers[0][1].moe_lora_config[adapter]
-        routings = [_real_tokens(name, layer, adapter, attention_mask) for name, layer in layers]
-        balance = [
-            load_balancing_loss(routing, counts_kept=layer.moe_lora_module_config[adapter].top_k is not None)
-            for (_, layer), routing in zip(layers, routings, strict=True)
-        ]
-        z = [z_loss(routing) for routing in routings]
+        balance, z = [], []
+        for name, layer in layers:
+            routing, top_k = layer.moe_lora_routing[adapter], layer.moe_lora_module_config[adapter].top_k
+            _check_gradient(name, layer, adapter)
+            real = None if attention_mask is None else _real_tokens(name, routing, attention_mask)
+            balance.append(load_balancing_loss(routing, top_k is not None, real))
+            z.append(z_loss(routing, real))
         for coefficient, losses in ((config.router_aux_loss_coef, balance), (config.router_z_loss_coef, z)):
             if coefficient:
                 total = total + coefficient * torch.stack([loss.to(total.device) for loss in losses]).mean()
@@ -86,23 +95,21 @@ def _with_loss(layer: MoeLoraLayer) -> Iterator[str]:
                 yield adapter
 
 
-def _real_tokens(name: str, layer: MoeLoraLayer, adapter: str, attention_mask: Tensor | None) -> Routing:
-    routing = layer.moe_lora_routing[adapter]
-    if (
-        torch.is_grad_enabled()
-        and layer.moe_lora_router[adapter].weight.requires_grad
-        and not routing.logits.requires_grad
-    ):
+def _check_gradient(name: str, layer: MoeLoraLayer, adapter: str) -> None:
+    trains = torch.is_grad_enabled() and layer.moe_lora_router[adapter].weight.requires_grad
+    if trains and not layer.moe_lora_routing[adapter].logits.requires_grad:
         raise RuntimeError(
-            f"{name}: the forward ran without gradients, so the auxiliary loss would not train the router; with gradient "
-            "checkpointing pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            f"{name}: the forward ran without gradients, so the auxiliary loss would not train the router; with "
+            "gradient checkpointing pass {'use_reentrant': False} as its kwargs"
         )
-    if attention_mask is None:
-        return routing
-    if attention_mask.numel() != routing.logits.shape[0]:
+
+
+def _real_tokens(name: str, routing: Routing, attention_mask: Tensor) -> Tensor:
+    """attention_mask as weights [token]."""
+    tokens = routing.logits.shape[0]
+    if attention_mask.numel() != tokens:
         raise ValueError(
-            f"{name}: attention_mask has shape {list(attention_mask.shape)}, expected [batch, seq] with one entry for each "
-            f"of the {routing.logits.shape[0]} tokens that this router saw"
+            f"{name}: attention_mask has shape {list(attention_mask.shape)}, expected [batch, seq] with one entry for "
+            f"each of the {tokens} tokens that this router saw"
         )
-    real = attention_mask.reshape(-1).to(routing.logits.device) != 0
-    return Routing(*(value[real] for value in routing))
+    return (attention_mask.reshape(-1) != 0).to(routing.logits)

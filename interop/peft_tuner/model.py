@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from interop.peft_tuner.layer import BASE_ADAPTER, MERGE_REFUSAL, Linear, MoeLor
 from interop.peft_tuner.losses import moe_lora_aux_loss
 
 WEIGHTED_REFUSAL = (
-    "MOE_LORA adapters cannot be combined with add_weighted_adapter: a weighted sum of two routers is not the router of "
-    "the weighted sum. Activate both (model.base_model.set_adapter([a, b]) adds their deltas), or make one mixture of "
-    "ordinary LoRA adapters: moe-lora combine LORA_DIR LORA_DIR ... DST"
+    "MOE_LORA adapters cannot be combined with add_weighted_adapter: no router weighs like a weighted sum of routers. "
+    "Activate both (model.base_model.set_adapter([a, b]) adds their deltas), or make one mixture of ordinary LoRA "
+    "adapters: moe-lora combine LORA_DIR LORA_DIR ... DST"
 )
 
 # what this tuner computes, of the vocabulary of interop.config
@@ -32,7 +33,7 @@ class MoeLoraModel(BaseTuner):
 
     prefix = "moe_lora_"
     tuner_layer_cls = MoeLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def moe_lora_aux_loss(self, attention_mask: Tensor | None = None) -> Tensor:
         """See `interop.peft_tuner.losses.moe_lora_aux_loss`. Also reachable as `peft_model.moe_lora_aux_loss()`."""
@@ -40,7 +41,14 @@ class MoeLoraModel(BaseTuner):
 
     # --- injection ---------------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """PEFT's, after all checks that can fail: nothing is wrapped when the name or the config is refused.
 
         Raises:
@@ -48,22 +56,23 @@ class MoeLoraModel(BaseTuner):
                 routing scheme that this tuner does not compute.
             ValueError: an adapter name that PEFT would confuse with a part of the model.
         """
-        config = self.peft_config[adapter_name]
+        config = cast(MoeLoraConfig, self.peft_config[adapter_name])
         _check_adapter_name(model, adapter_name)
         _check_supported(config)
-        if kwargs.get("state_dict") is None:  # otherwise its keys say what to wrap
+        if state_dict is None:  # otherwise its keys say what to wrap
             self._check_targets(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         _warn_of_unused_patterns(config, model, adapter_name)
 
     def _check_targets(self, config: MoeLoraConfig, model: nn.Module) -> None:
         linears = _linear_paths(model)
         if config.target_modules is None:  # PEFT's defaults name layers that not every variant of a model has
-            config = self._prepare_adapter_config(config, self.get_model_config(model))
+            self._prepare_adapter_config(config, self.get_model_config(model))  # fills target_modules in
             chosen = [m for m in linears if self._check_target_module_exists(config, m)]
         else:
             chosen = config.neutral.targets.select(linears)
-        neutral, problems = config.neutral, []
+        neutral = config.neutral
+        problems: list[str] = []
         for module in chosen:
             try:
                 neutral.for_module(module)
@@ -74,7 +83,7 @@ class MoeLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MoeLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -99,7 +108,7 @@ class MoeLoraModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: MoeLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Every load of PEFT passes here: checks the file against the model before any tensor is copied.
 
@@ -159,12 +168,16 @@ class MoeLoraModel(BaseTuner):
                 handle.remove()
 
     def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        """In PEFT's words, which users know from LoRA."""
         if self.training:
-            raise ValueError("adapter_names cannot be used in training mode; call model.eval() first")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {n for layer in self.modules() if isinstance(layer, MoeLoraLayer) for n in layer.moe_lora_A}
         unknown = sorted(set(adapter_names) - known - {BASE_ADAPTER})
         if unknown:
-            raise ValueError(f"adapter_names: found {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)} "
+                f"(this model has {', '.join(sorted(known))})"
+            )
 
     # --- refused -----------------------------------------------------------------------------------------------------
 
@@ -183,12 +196,13 @@ def _pass_adapter_names(names: list[str], _module: nn.Module, args: Any, kwargs:
 
 def _linear_paths(model: nn.Module) -> list[str]:
     """Paths of the layers that an adapter can wrap or has wrapped, without the insides of tuner layers."""
-    paths, inside = [], ()
+    paths: list[str] = []
+    skipped = ""  # named_modules goes depth first, so what lies inside a layer follows it directly
     for path, module in model.named_modules():
-        if inside and path.startswith(inside):
+        if skipped and path.startswith(skipped):
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inside = (*inside, f"{path}.")
+            skipped = f"{path}."
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if unsupported(base) is None:
             paths.append(path)
@@ -199,16 +213,16 @@ def _check_adapter_name(model: nn.Module, adapter_name: str) -> None:
     """PEFT separates adapters in a state dict by looking for their names between the dots of its keys."""
     if adapter_name.isdigit():
         raise ValueError(
-            f"adapter name {adapter_name!r} is a number, like the model's layers: PEFT would drop layer {adapter_name} from "
-            f"the files of other adapters. Choose another name, for example adapter_{adapter_name}"
+            f"adapter name {adapter_name!r} is a number, like the model's layers: PEFT would drop layer {adapter_name} "
+            f"from the files of other adapters. Choose another name, for example adapter_{adapter_name}"
         )
     taken = {"base_model", "model", "base_layer", "weight", "bias", *MoeLoraLayer.adapter_layer_names}
     for path in _linear_paths(model):
         taken.update(path.split("."))
     if adapter_name in taken:
         raise ValueError(
-            f"adapter name {adapter_name!r} is also a part of this model's parameter names: PEFT would drop those parameters "
-            f"from the files of other adapters. Choose another name, for example adapter_{adapter_name}"
+            f"adapter name {adapter_name!r} is also a part of this model's parameter names: PEFT would drop those "
+            f"parameters from the files of other adapters. Choose another name, for example adapter_{adapter_name}"
         )
 
 

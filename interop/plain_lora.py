@@ -1,0 +1,106 @@
+"""Ordinary PEFT LoRA directories, which are adapters with one expert: what exports write and `combine` reads."""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from interop import files
+from interop.adapter import Adapter
+from interop.checkpoint import read, write
+from interop.codecs import pattern_for
+from interop.config import MoeLoraConfig
+from interop.dialects.lora import PLAIN_LORA
+from interop.errors import CheckpointError
+from interop.registry import register_dialect
+
+register_dialect(PLAIN_LORA)
+
+
+class Factors(NamedTuple):
+    """One module's delta (alpha / r) B A, or (alpha / sqrt(r)) B A with use_rslora. a: [rank, in]; b: [out, rank]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+
+
+def plain_lora(factors: Mapping[str, Factors], like: MoeLoraConfig, *, use_rslora: bool = False) -> Adapter:
+    """The adapter with one expert that has these factors; r and lora_alpha become patterns where modules differ.
+
+    Args:
+        factors: {module: factors}; at least one.
+        like: where base model, task type and dropout come from.
+        use_rslora: what alpha means. PEFT advises against it together with patterns, so it is then folded into alpha.
+    """
+    ranks = {module: f.a.shape[0] for module, f in factors.items()}
+    alphas: dict[str, float] = {module: f.alpha for module, f in factors.items()}
+    if use_rslora and (_varies(ranks.values()) or _varies(alphas.values())):
+        alphas = {module: alpha * ranks[module] ** 0.5 for module, alpha in alphas.items()}
+        use_rslora = False
+    r, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
+    config = MoeLoraConfig(
+        num_experts=1,
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=use_rslora,
+        rank_pattern=pattern_for(ranks, r),
+        alpha_pattern=pattern_for(alphas, alpha),
+        lora_dropout=like.lora_dropout,
+        target_modules=sorted(factors),
+        base_model_name_or_path=like.base_model_name_or_path,
+        task_type=like.task_type,
+    )
+    tensors = {}
+    for module, (a, b, _) in factors.items():
+        tensors[module, "lora_A"], tensors[module, "lora_B"] = a[None], b[None]
+    return Adapter(config, tensors)
+
+
+def read_plain_lora(directory: str | os.PathLike[str]) -> Adapter:
+    """Reads an ordinary LoRA directory as an adapter with one expert.
+
+    Raises:
+        CheckpointError, ConfigError: it is none, or has something that plain A and B do not express (DoRA, biases,
+            modules_to_save, ...); each such field is named.
+    """
+    return read(directory, PLAIN_LORA.name)
+
+
+def write_plain_lora(adapter: Adapter, directory: Path, readme: str) -> None:
+    """Writes an adapter with one expert as an ordinary LoRA directory, with a README.md."""
+    write(adapter, directory, PLAIN_LORA.name)
+    write_text(directory / "README.md", readme)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    files.replace_files(path.parent, {path.name: lambda target: target.write_text(text, "utf-8")})
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to a text file."""
+    write_text(path, path.read_text("utf-8") + text)
+
+
+def require_empty(directory: str | os.PathLike[str]) -> Path:
+    """The path, if nothing is there or an empty directory.
+
+    Raises:
+        CheckpointError: something is there, which would be mixed with what is written.
+    """
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        found = "a directory that is not empty" if path.is_dir() else "a file"
+        raise CheckpointError("the target is in use", [f"{path}: found {found}, expected nothing there"])
+    return path
+
+
+def _varies(values: Collection[float]) -> bool:
+    return len(set(values)) > 1
+
+
+def _most_common(values: list) -> int | float:
+    return max(values, key=values.count)

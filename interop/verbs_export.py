@@ -1,0 +1,121 @@
+"""`moe-lora export`: a mixture for programs that know only ordinary LoRA, or only whole models."""
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from interop import checkpoint
+from interop.adapter import Adapter
+from interop.errors import CheckpointError, ConfigError
+from interop.export.experts import export_lora_experts
+from interop.export.fixed_gates import export_lora
+from interop.export.gate_sources import Gates, gates_from_file, gates_of, uniform_gates
+from interop.export.mixtral import export_mixtral
+from interop.gates import task_gates
+from interop.plain_lora import append_text
+from interop.verbs_convert import Layout, Options, parse_options
+
+GROUP = "moe_lora.measures"
+"""Entry points to functions that need a forward pass: interop has none, and never imports jax."""
+
+_BELONGS = {"gates": ("lora",), "task": ("lora",), "dtype": ("mixtral",), "data": ("lora", "lora-experts")}
+
+
+def export(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    *,
+    form: Annotated[Literal["lora-experts", "lora", "mixtral"], tyro.conf.arg(name="as")],
+    gates: str | None = None,
+    task: tuple[int, ...] = (),
+    base: Path | None = None,
+    data: Path | None = None,
+    max_length: int = 512,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dialect: Layout = None,
+    options: Options = (),
+) -> None:
+    """Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.
+
+    Args:
+        source: The adapter's directory, in any layout.
+        target: A new or empty directory.
+        form: lora-experts: one ordinary LoRA directory per expert. lora: one ordinary LoRA with fixed gates (--gates or
+            --task). mixtral: a whole model that keeps the router, from a feed-forward mixture on a Llama or Mistral.
+        gates: For lora: uniform, mean (the averages on --data, needs --base), or a JSON file: a list of gates, or
+            {module: list}.
+        task: For lora: the gates of this task id, or of the mean of several (adapters that route by task).
+        base: The base model's directory.
+        data: JSONL on which to measure mean gates and, for lora and lora-experts, what the export costs.
+        max_length: Tokens of an example that are used.
+        dtype: For mixtral: dtype of the model; the base's own if not given.
+        dialect: The layout of the source; detected if not given.
+        options: What the source's layout does not record; VALUE is JSON or plain text. Repeatable.
+    """
+    given = {"gates": gates, "task": task or None, "dtype": dtype, "data": data}
+    problems = [
+        f"{name}: found with --as {form}, expected only with {' or '.join(_BELONGS[name])}"
+        for name, value in given.items()
+        if value is not None and form not in _BELONGS[name]
+    ]
+    if form == "lora" and (gates is None) == (not task):
+        problems.append("gates, task: expected one of --gates uniform, --gates mean, --gates FILE.json and --task ID")
+    if base is None and (form == "mixtral" or data is not None):
+        problems.append("base: missing, expected the base model's directory")
+    if gates == "mean" and data is None:
+        problems.append("data: missing, expected a JSONL file on which --gates mean measures")
+    if problems:
+        raise ConfigError("invalid arguments", problems)
+
+    adapter = checkpoint.read(source, dialect, **parse_options(options))
+    if form == "mixtral":
+        assert base is not None
+        notes = export_mixtral(adapter, base, target, dtype=dtype)
+    elif form == "lora":
+        measured = {"base": base, "data": data, "max_length": max_length}
+        notes = export_lora(adapter, target, *_gates(adapter, gates, task, measured))
+    else:
+        notes = export_lora_experts(adapter, target)
+    print(f"{target}: exported as {form}")
+    for note in notes:
+        print(f"  - {note}")
+    if data is not None:
+        report = measure("export_report")(adapter, target, base, data, max_length=max_length, task=task)
+        print(report)
+        append_text(target / "README.md", f"\n## Measured\n\n```\n{report}\n```\n")
+
+
+def measure(name: str) -> Callable[..., Any]:
+    """The measuring function of this name, from whichever package has it.
+
+    Raises:
+        CheckpointError: its package is not installed.
+    """
+    found = [point for point in entry_points(group=GROUP) if point.name == name]
+    try:
+        if not found:
+            raise ModuleNotFoundError(f"no entry point {name} in the group {GROUP}", name="moe_lora_jax")
+        return found[0].load()
+    except ModuleNotFoundError as error:
+        problem = f"needs the package {error.name!r}: pip install 'moe-lora-jax[train]'"
+        raise CheckpointError("cannot run the model", [problem]) from None
+
+
+def _gates(adapter: Adapter, gates: str | None, task: tuple[int, ...], measured: dict[str, Any]) -> tuple[Gates, str]:
+    """The gates, and what they are for people."""
+    if task:
+        return task_gates(adapter, task), f"task {', '.join(map(str, task))}"
+    assert gates is not None
+    if gates == "uniform":
+        return uniform_gates(adapter), "uniform"
+    if gates == "mean":
+        if adapter.config.router_input == "task":
+            raise ConfigError("no mean gates", ["gates: this adapter routes by task, expected --task ID"])
+        if adapter.config.scope == "ffn":
+            problem = "gates: found mean in scope ffn, where only one expert alone is a LoRA; expected a FILE.json"
+            raise ConfigError("no mean gates", [problem])
+        return gates_of(adapter, measure("mean_gates")(adapter, **measured)), f"means on {measured['data']}"
+    return gates_from_file(adapter, gates), f"from {gates}"
