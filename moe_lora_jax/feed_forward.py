@@ -12,7 +12,7 @@ from flax import nnx
 
 from interop.config import ModuleConfig, MoeLoraConfig
 from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts
-from moe_lora_jax.gating import rank_descending
+from moe_lora_jax.gating import top_k_slots
 from moe_lora_jax.router import Router
 from moe_lora_jax.shared import Shared
 
@@ -148,8 +148,8 @@ class SlotLinear(nnx.Module):
         experts = gates.shape[-1]
         if self.top_k is None:
             return jnp.broadcast_to(jnp.eye(experts, dtype=gates.dtype)[:, None, :], (experts, *gates.shape))
-        place = rank_descending(jax.lax.stop_gradient(gates))
-        return (place[None] == jnp.arange(self.top_k)[:, None, None]).astype(gates.dtype)
+        slots = top_k_slots(jax.lax.stop_gradient(gates), self.top_k)
+        return jnp.moveaxis(slots, -2, 0).astype(gates.dtype)
 
 
 def last_layer(layers: dict[str, tuple[int, int]]) -> str | None:

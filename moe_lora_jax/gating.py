@@ -41,7 +41,7 @@ def compute_gates(logits: jax.Array, gating: Gating, tau: jax.Array | float | No
     score = jax.nn.sigmoid(z) if gating.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
     keep = jnp.ones(z.shape, bool)
     if gating.top_k is not None and gating.top_k < z.shape[-1]:
-        keep = rank_descending(z) < gating.top_k
+        keep = jnp.any(top_k_slots(z, gating.top_k), axis=-2)
     if tau is not None:
         keep = score >= tau
 
@@ -56,16 +56,13 @@ def compute_gates(logits: jax.Array, gating: Gating, tau: jax.Array | float | No
     return weights * gating.routed_scaling_factor
 
 
-def rank_descending(z: jax.Array) -> jax.Array:
-    """Place of every entry in descending order along the last axis; of equal entries the first comes first.
+def top_k_slots(z: jax.Array, k: int) -> jax.Array:
+    """The k largest entries along the last axis, largest first, as masks: bool [..., k, expert].
 
-    A count of pairs instead of a sort: the same in every framework (torch.topk breaks ties differently), and faster for
-    the few experts of a mixture.
+    Of equal entries the first counts as larger, 0 and -0 being equal; torch.topk does not promise that.
     """
-    index = jnp.arange(z.shape[-1])
-    mine, other = z[..., :, None], z[..., None, :]
-    before = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
-    return jnp.sum(before, axis=-1)
+    _, chosen = jax.lax.top_k(jnp.where(z == 0, 0.0, z), k)  # its order tells -0 from 0
+    return chosen[..., :, None] == jnp.arange(z.shape[-1])
 
 
 def _masked_softmax(z: jax.Array, keep: jax.Array) -> jax.Array:
