@@ -139,7 +139,7 @@ def _unknown_fields(dialect: Dialect, raw: Mapping[str, Any]) -> list[str]:
         for name, value in raw.items()
         if name not in known and value not in EMPTY
     ]
-    for number, expert in enumerate(raw.get("experts", [])):
+    for number, expert in enumerate(raw["experts"] if dialect.folders is not None else []):
         of_expert = {f.theirs.split(".")[1] for f in dialect.fields if f.theirs.startswith("experts.")}
         of_expert |= INERT | set(BOOKKEEPING)
         problems += [
