@@ -3,6 +3,7 @@
 from interop.adapter import Adapter
 from interop.checkpoint import detect, read, write
 from interop.checks import Finding, Inspection, inspect, verify
+from interop.combine import combine
 from interop.config import MoeLoraConfig
 from interop.conversion import convert
 from interop.errors import CheckpointError, ConfigError
@@ -14,6 +15,7 @@ __all__ = [
     "Finding",
     "Inspection",
     "MoeLoraConfig",
+    "combine",
     "convert",
     "detect",
     "inspect",

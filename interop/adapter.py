@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from interop.config import MoeLoraConfig
-from interop.errors import CheckpointError
+from interop.errors import CheckpointError, ConfigError
 from interop.module_order import traversal_order
 from interop.presence import layout_problems
 from interop.rules import Sizes
@@ -31,7 +31,8 @@ class Adapter:
     tensors: Mapping[tuple[str, str], np.ndarray]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", dict(self.tensors))
+        native = {slot: t.astype(t.dtype.newbyteorder("="), copy=False) for slot, t in self.tensors.items()}
+        object.__setattr__(self, "tensors", native)
         problems = layout_problems(self.config, self.tensors)
         if problems:
             raise CheckpointError("the tensors do not fit the config", problems)
@@ -51,7 +52,10 @@ def config_sizes(config: MoeLoraConfig) -> Sizes:
     """The sizes that only a config knows, as `interop.rules` asks for them."""
 
     def sizes(module: str) -> dict[str, int | tuple[int, ...]]:
-        of_module = config.for_module(module)
+        try:
+            of_module = config.for_module(module)
+        except ConfigError:  # said for all modules at once by `layout_problems`
+            return {}
         return {"expert": of_module.num_experts, "rank": of_module.ranks, "split": config.n_splits}
 
     return sizes

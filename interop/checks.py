@@ -1,6 +1,7 @@
 """Looking at a checkpoint: `inspect` reads headers only, `verify` reads everything and lists what is wrong."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,15 @@ def inspect(directory: str | os.PathLike[str]) -> Inspection:
     config = MoeLoraConfig.from_dict(files.read_json(path / files.CONFIG_NAME))
     tensors, metadata = files.read_header(path / files.WEIGHTS_NAME)
     counts = {name: int(np.prod(t.shape, dtype=np.int64)) for name, t in tensors.items()}
-    size = sum(counts[name] * (4 if t.dtype == "F32" else 2) for name, t in tensors.items())
+    size = sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items())
     dialect = detect(path)
     return Inspection(dialect, config, routing_rule(config), tensors, sum(counts.values()), size, metadata)
+
+
+def bits(dtype: str) -> int:
+    """Bits per value of a safetensors dtype: F32, BF16, F8_E4M3, BOOL, ..."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
@@ -101,11 +108,11 @@ def _metadata_findings(metadata: dict[str, str]) -> Iterator[Finding]:
 
 def _value_findings(adapter: Adapter) -> Iterator[Finding]:
     for (module, role), tensor in sorted(adapter.tensors.items()):
-        bad = tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum())
+        with np.errstate(invalid="ignore"):  # a signalling NaN, which is what is looked for
+            bad = tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum())
         if bad:
             yield Finding("error", f"{module} {role}: {bad} of {tensor.size} values are NaN or infinite")
-    modules = [m for m in adapter.modules if adapter.tensors[m, "lora_B"].any()]
-    if not modules:
+    if not any(adapter.tensors[m, "lora_B"].tobytes().strip(b"\0") for m in adapter.modules):
         yield Finding("note", "every lora_B is zero: the adapter does nothing yet")
 
 

@@ -4,6 +4,7 @@ A verb is a function with typed arguments and a docstring. It is imported only w
 inspect` needs neither jax nor torch. Exit codes: 0 done, 1 the verb says no, 2 wrong use or bad input, 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -31,10 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     try:
-        return tyro.cli(verb, prog=f"moe-lora {args[0]}", args=args[1:]) or 0
+        code = tyro.cli(verb, prog=f"moe-lora {args[0]}", args=args[1:]) or 0
+        sys.stdout.flush()
+        return code
     except (CheckpointError, ConfigError) as error:
         print(f"moe-lora {args[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,12 +1,12 @@
 """How a value of our config corresponds to a value of another's: each codec is one correspondence, named once."""
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from interop.config import ModuleConfig, MoeLoraConfig
 from interop.errors import ConfigError
+from interop.patterns import layer_of, pattern_for
 
 Values = dict[str, Any]
 Ours = Callable[[str, Any, Values, list[str]], None]
@@ -27,35 +27,6 @@ class Codec:
 
     ours: Ours
     theirs: Theirs
-
-
-def pattern_for(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The shortest pattern {regular expression: value} that gives every module its value and others `default`."""
-    pattern: dict[str, Any] = {}
-    left = {m: v for m, v in values.items() if v != default}
-    for key_of in (_last_part, _layer):
-        for key in sorted({k for m in left if (k := key_of(m))}):
-            alike = [m for m in values if key_of(m) == key]
-            found = [values[m] for m in alike]
-            if all(m in left for m in alike) and all(v == found[0] for v in found):
-                pattern[key] = found[0]
-                left = {m: v for m, v in left.items() if m not in alike}
-    return pattern | {re.escape(m): v for m, v in left.items()}
-
-
-def _last_part(module: str) -> str:
-    return re.escape(module.rsplit(".", 1)[-1])
-
-
-def layer_of(module: str) -> int | None:
-    """The first number in a module path."""
-    found = re.search(r"\.(\d+)\.", module)
-    return int(found[1]) if found else None
-
-
-def _layer(module: str) -> str | None:
-    found = re.search(r"([^.]+)\.(\d+)\.", module)
-    return rf"{re.escape(found[1])}\.{found[2]}\..*" if found else None
 
 
 def _same_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:

@@ -26,7 +26,6 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -34,12 +33,21 @@ from typing import Any
 
 from interop import validation
 from interop.errors import ConfigError
+from interop.patterns import first_match, pattern_for
 from interop.presets import PRESETS, SHARE
 from interop.targets import Targets
 from interop.validation import FORMAT_VERSION, PEFT_TYPE
 
 # Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes.
 BOOKKEEPING = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+
+
+PATTERNS = {
+    "rank_pattern": "r",
+    "alpha_pattern": "lora_alpha",
+    "num_experts_pattern": "num_experts",
+    "top_k_pattern": "top_k",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +159,11 @@ class MoeLoraConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _as_json(getattr(self, field.name)))
+            try:
+                object.__setattr__(self, field.name, _as_json(getattr(self, field.name)))
+            except RecursionError:
+                problem = f"{field.name}: nested too deeply, expected {validation.FIELD_RULES[field.name][1]}"
+                raise ConfigError("invalid MoeLoraConfig", [problem]) from None
         if isinstance(self.target_modules, list) and all(isinstance(t, str) for t in self.target_modules):
             object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
         problems = validation.problems(self)
@@ -159,7 +171,7 @@ class MoeLoraConfig:
             raise ConfigError("invalid MoeLoraConfig", problems)
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.semantic_dict(), sort_keys=True))
+        return hash(json.dumps(_floats(self.semantic_dict()), sort_keys=True))  # 16 and 16.0 are equal
 
     @property
     def targets(self) -> Targets:
@@ -178,10 +190,10 @@ class MoeLoraConfig:
         Raises:
             ConfigError: the patterns give this module a per-expert list of the wrong length or top_k > num_experts.
         """
-        experts = _first_match(self.num_experts_pattern, module, self.num_experts)
-        ranks = _per_expert(_first_match(self.rank_pattern, module, self.r), experts)
-        alphas = _per_expert(_first_match(self.alpha_pattern, module, self.lora_alpha), experts)
-        top_k = _first_match(self.top_k_pattern, module, self.top_k) if experts > 1 else None
+        experts = first_match(self.num_experts_pattern, module, self.num_experts)
+        ranks = _per_expert(first_match(self.rank_pattern, module, self.r), experts)
+        alphas = _per_expert(first_match(self.alpha_pattern, module, self.lora_alpha), experts)
+        top_k = first_match(self.top_k_pattern, module, self.top_k) if experts > 1 else None
         problems = [
             f"{module}: {name} has {len(values)} entries, expected one number or {experts} (num_experts of this module)"
             for name, values in (("r", ranks), ("lora_alpha", alphas))
@@ -200,10 +212,20 @@ class MoeLoraConfig:
         return ModuleConfig(experts, ranks, alphas, self.use_rslora, top_k, self.shared_lora_A)
 
     def resolved(self, modules: Iterable[str]) -> "MoeLoraConfig":
-        """The same config with target_modules = the sorted list of `modules`, so that two configs can be compared."""
-        return dataclasses.replace(
-            self, target_modules=sorted(modules), exclude_modules=None, layers_to_transform=None, layers_pattern=None
-        )
+        """The same function on these modules, said in one way, so that two configs can be compared.
+
+        target_modules is their sorted list; the patterns are rewritten so that their order does not matter, because
+        JSON writers (PEFT's too) sort it.
+        """
+        names = sorted(modules)
+        owners = names + (sorted({m.rpartition(".")[0] for m in names}) if self.scope == "ffn" else [])
+        patterns = {}
+        for pattern, field in PATTERNS.items():
+            default = getattr(self, field)
+            values = {m: first_match(getattr(self, pattern), m, default) for m in owners}
+            patterns[pattern] = pattern_for(values, default) if getattr(self, pattern) else {}
+        others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        return dataclasses.replace(self, target_modules=names, **others, **patterns)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary of every field; the inverse of `from_dict`."""
@@ -285,13 +307,16 @@ class ModuleConfig:
         return self.num_experts > 1
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule (peft.utils.other.get_pattern_key): the first key that matches the end of the path."""
-    return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", module)), default)
-
-
 def _per_expert(value: Any, experts: int) -> tuple:
     return tuple(value) if isinstance(value, list) else (value,) * experts
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _floats(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_floats(v) for v in value]
+    return float(value) if isinstance(value, int) else value
 
 
 def _as_json(value: Any) -> Any:
@@ -299,7 +324,7 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _as_json(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):
-        return sorted(value)
+        return sorted(value, key=str)
     if isinstance(value, list | tuple):
         return [_as_json(v) for v in value]
     return str(value.value) if isinstance(value, Enum) else value

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from interop.codecs import Values, pattern_for
+from interop.codecs import Values
 from interop.config import BOOKKEEPING, MoeLoraConfig
 from interop.dialect import REQUIRED, SET, Dialect, lookup
 from interop.dialects.common import INERT
 from interop.errors import ConfigError
 from interop.module_order import traversal_order
+from interop.patterns import pattern_for
 
 EMPTY: tuple[Any, ...] = (None, False, [], {}, "", 0)
 EXPERT_CONST = {"peft_type": "LORA", "bias": "none"}
@@ -52,7 +53,7 @@ def config_of(
         _apply(field.codec.ours, field.ours, value, ours, modules, problems)
     for option in dialect.options:
         value = options.get(option.name, option.default)
-        if value is not REQUIRED:
+        if value is not REQUIRED and option.name in _DEFAULTS:
             _apply(option.codec.ours, option.name, value, ours, modules, problems)
     if dialect.cases:
         problems.extend(_apply_case(dialect, raw, ours))
@@ -89,6 +90,8 @@ def raw_of(
             _put(raw, field.theirs, field.codec.theirs(field.ours, config, modules))
         except ConfigError as error:
             problems.extend(error.problems)
+        except (TypeError, ValueError):
+            problems.append(f"{field.ours}: found {getattr(config, field.ours)!r}, which {field.theirs} cannot express")
     if problems:
         raise ConfigError(f"layout {dialect.name!r} cannot express the config", problems)
     return raw
@@ -97,7 +100,8 @@ def raw_of(
 def options_of(dialect: Dialect, config: MoeLoraConfig, modules: list[str]) -> dict[str, Any]:
     """The options with which reading the written directory gives this config again."""
     found = {o.name: o.codec.theirs(o.name, config, modules) for o in dialect.options if o.name in _DEFAULTS}
-    return found | ({"module_order": config.module_order} if config.layerwise else {})
+    layerwise = config.layerwise and any(f.ours == "layerwise" for f in dialect.fields)
+    return found | ({"module_order": config.module_order} if layerwise else {})
 
 
 def differences(config: MoeLoraConfig, other: MoeLoraConfig, modules: list[str]) -> dict[str, tuple[Any, Any]]:

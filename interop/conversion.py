@@ -1,6 +1,7 @@
 """From any readable layout to any writable one."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 from interop.checkpoint import read, write
@@ -12,11 +13,15 @@ def convert(
     *,
     to: str = "native",
     dialect: str | None = None,
+    allow_loss: Collection[str] = (),
+    duplicates: bool = False,
     **options: Any,
 ) -> None:
     """Reads `source` (layout `dialect`, or detected; options as for `read`) and writes it to `target` in layout `to`.
 
+    `allow_loss` and `duplicates` as for `write`.
+
     Raises:
         CheckpointError, ConfigError: unreadable, or the target layout cannot express something.
     """
-    write(read(source, dialect, **options), target, to)
+    write(read(source, dialect, **options), target, to, allow_loss=allow_loss, duplicates=duplicates)

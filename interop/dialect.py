@@ -145,6 +145,8 @@ class Dialect:
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]], raw: Mapping[str, Any]) -> list[str]:
         """Why a directory with these tensors and this config is not in this layout; empty if it is."""
+        if self.config_file and not raw:
+            return ["adapter_config.json: missing file"]
         rules = self.specialised(raw).rules
         claimed = {name: claim(rules, name, len(shape)) for name, shape in shapes.items()}
         unclaimed = [name for name, rule in claimed.items() if rule is None]

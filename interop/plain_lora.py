@@ -3,20 +3,18 @@
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from statistics import mode
 from typing import NamedTuple
 
 import numpy as np
 
-from interop import files
 from interop.adapter import Adapter
+from interop.atomic import replace_files
 from interop.checkpoint import read, write
 from interop.codecs import pattern_for
 from interop.config import MoeLoraConfig
 from interop.dialects.lora import PLAIN_LORA
 from interop.errors import CheckpointError
-from interop.registry import register_dialect
-
-register_dialect(PLAIN_LORA)
 
 
 class Factors(NamedTuple):
@@ -40,7 +38,7 @@ def plain_lora(factors: Mapping[str, Factors], like: MoeLoraConfig, *, use_rslor
     if use_rslora and (_varies(ranks.values()) or _varies(alphas.values())):
         alphas = {module: alpha * ranks[module] ** 0.5 for module, alpha in alphas.items()}
         use_rslora = False
-    r, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
+    r, alpha = mode(ranks.values()), mode(alphas.values())
     config = MoeLoraConfig(
         num_experts=1,
         r=r,
@@ -77,7 +75,11 @@ def write_plain_lora(adapter: Adapter, directory: Path, readme: str) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
-    files.replace_files(path.parent, {path.name: lambda target: target.write_text(text, "utf-8")})
+
+    def write_it(target: Path) -> None:
+        target.write_text(text, "utf-8")
+
+    replace_files(path.parent, {path.name: write_it})
 
 
 def append_text(path: Path, text: str) -> None:
@@ -100,7 +102,3 @@ def require_empty(directory: str | os.PathLike[str]) -> Path:
 
 def _varies(values: Collection[float]) -> bool:
     return len(set(values)) > 1
-
-
-def _most_common(values: list) -> int | float:
-    return max(values, key=values.count)

@@ -17,19 +17,21 @@ def layout_problems(config: MoeLoraConfig, tensors: Mapping[Slot, np.ndarray]) -
     """Everything in which canonical tensors differ from what the config implies; empty if nothing."""
     modules = sorted({module for module, role in tensors if role in ("lora_A", "lora_B")})
     problems = list(_target_problems(config, modules))
-    try:
-        expected = expected_tensors(config, modules)
-    except ConfigError as error:
-        return [*problems, *error.problems]
+    expected, misfits = _expected(config, modules)
+    problems += misfits
     problems += [f"{_label(*slot)}: missing tensor" for slot in expected if slot not in tensors]
     known: dict[str, dict[str, int]] = {}
     for (module, role), tensor in tensors.items():
         if (module, role) not in expected:
-            problems.append(f"{_label(module, role)} {list(tensor.shape)}: unexpected tensor, the config implies none")
+            if not misfits:  # otherwise it may be right, and the config wrong
+                shape = list(tensor.shape)
+                problems.append(f"{_label(module, role)} {shape}: unexpected tensor, the config implies none")
             continue
         sizes = {**known.get(module, {}), **expected[module, role]}
         found = dict(_shape_problems(_label(module, role), role, tensor, sizes))
         problems.extend(found.values())
+        if not found and role in ("lora_A", "lora_B"):
+            problems.extend(_padding_problems(config, module, role, tensor))
         if not found and role in ("lora_A", "router"):
             known.setdefault(module, {}).setdefault("in", tensor.shape[-1])
     for module in modules:
@@ -45,20 +47,37 @@ def expected_tensors(config: MoeLoraConfig, modules: list[str]) -> dict[Slot, di
     Raises:
         ConfigError: the config does not fit these modules.
     """
+    expected, problems = _expected(config, modules)
+    if problems:
+        raise ConfigError("the config does not fit the modules", problems)
+    return expected
+
+
+def _expected(config: MoeLoraConfig, modules: list[str]) -> tuple[dict[Slot, dict[str, int]], list[str]]:
+    """What the config implies for the modules that it fits, and why it does not fit others."""
     expected: dict[Slot, dict[str, int]] = {}
-    routed = []
+    routed: list[str] = []
+    problems: list[str] = []
     for module in modules:
-        sizes = config.for_module(module)
+        try:
+            sizes = config.for_module(module)
+        except ConfigError as error:
+            problems.extend(error.problems)
+            expected |= {(module, "lora_A"): {}, (module, "lora_B"): {}}
+            continue
         ranks = {"rank": sizes.rank}
         expected[module, "lora_A"] = {"expert": 1 if config.shared_lora_A else sizes.num_experts} | ranks
         expected[module, "lora_B"] = {"expert": sizes.num_experts} | ranks
         if sizes.has_router:
             routed.append(module)
-    for owner in router_owners(config, routed):
-        experts = config.for_module(owner).num_experts if owner else config.num_experts
-        logits = experts * config.n_splits * (len(routed) if config.layerwise else 1)
-        expected |= _router_tensors(config, owner, logits)
-    return expected
+    try:
+        for owner in router_owners(config, routed):
+            experts = config.for_module(owner).num_experts if owner else config.num_experts
+            logits = experts * config.n_splits * (len(routed) if config.layerwise else 1)
+            expected |= _router_tensors(config, owner, logits)
+    except ConfigError as error:
+        problems.extend(error.problems)
+    return expected, problems
 
 
 def router_owners(config: MoeLoraConfig, routed: list[str]) -> list[str]:
@@ -123,6 +142,18 @@ def _shape_problems(label: str, role: str, tensor: np.ndarray, sizes: Mapping[st
         wanted = sizes.get(axis, found)
         if found != wanted or found == 0:
             yield axis, f"{shape} [{', '.join(axes)}], found {axis} = {found}, expected {wanted or 'at least 1'}"
+
+
+def _padding_problems(config: MoeLoraConfig, module: str, role: str, tensor: np.ndarray) -> Iterator[str]:
+    """Values beyond an expert's own rank, which is smaller than its siblings': they must be zero."""
+    try:
+        ranks = config.for_module(module).ranks
+    except ConfigError:
+        return
+    for expert, rank in enumerate(ranks if len(set(ranks)) > 1 else ()):
+        beyond = tensor[expert, rank:] if role == "lora_A" else tensor[expert, :, rank:]
+        if np.count_nonzero(beyond):
+            yield f"{_label(module, role)}: expert {expert} has values beyond its rank {rank}, expected zeros"
 
 
 def _label(module: str, role: str) -> str:

@@ -1,5 +1,6 @@
 """The known layouts by name: ours, those of other packages (entry points `moe_lora.dialects`), and registered ones."""
 
+import functools
 from importlib.metadata import entry_points
 
 from interop.dialect import Dialect
@@ -39,5 +40,10 @@ def dialect_named(name: str) -> Dialect:
 
 
 def _all() -> dict[str, Dialect]:
-    installed = [point.load() for point in entry_points(group=GROUP)]
-    return {d.name: d for d in (*FILE_DIALECTS, JAX_TREE, *installed, *_registered.values())}
+    return {d.name: d for d in (*FILE_DIALECTS, JAX_TREE, *_installed(), *_registered.values())}
+
+
+@functools.cache
+def _installed() -> tuple[Dialect, ...]:
+    """Those of other packages; looked for once, because it takes longer than reading a small adapter."""
+    return tuple(point.load() for point in entry_points(group=GROUP))

@@ -77,7 +77,7 @@ class Side:
     def regex(self) -> re.Pattern[str]:
         pattern = re.escape(re.sub(r"\*\d+}", "}", self.name))
         for field in self.fields:
-            value = r"0|[1-9]\d{0,8}" if field in NUMBERS else r".+"
+            value = r"0|[1-9][0-9]{0,8}" if field in NUMBERS else r".+"
             pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{value})", 1)
         return re.compile(pattern, re.DOTALL)
 
@@ -226,7 +226,8 @@ def _move_group(
     sizes: Sizes,
 ) -> Iterator[tuple[str, np.ndarray]]:
     canonical = target if "|" in target.name else source
-    known = sizes(canonical.format(shared).rsplit("|", 1)[0])
+    # where the canonical name has a number that the other side has as an axis, any one stands for all
+    known = sizes(canonical.format({**dict.fromkeys(canonical.fields, 0), **shared}).rsplit("|", 1)[0])
     array = _stack(tensors, shared, names, stacked, source, known)
     atoms = [*stacked, *source.atoms]
     counts, dims = array.shape[: len(stacked)], array.shape[len(stacked) :]
@@ -245,12 +246,14 @@ def _move_group(
         atoms.insert(0, axis)
     array = array.transpose([atoms.index(a) for a in wanted])
 
-    for axis, size in zip(unstacked, array.shape, strict=False):
-        if axis == "expert" and "expert" in known and size != known["expert"]:
-            raise _Misfit(f"{_first(names)}: has {size} experts, this layout names {known['expert']} of them")
+    joined = {axis for axes in target.shape if len(axes) > 1 for axis in axes}
+    for axis, size in zip(wanted, array.shape, strict=True):
+        expected = _size(known, axis)
+        if (axis in unstacked or axis in joined) and expected is not None and size != expected:
+            raise _Misfit(f"{_first(names)}: has {size} {axis}{'s' * (size != 1)}, this layout holds {expected}")
     for index in np.ndindex(array.shape[: len(unstacked)]):
         places = dict(zip(unstacked, index, strict=True))
-        part = _cut_rank(array[index], target, places, known)
+        part = _cut_rank(array[index], _first(names), target, places, known)
         shape = _joined(part.shape, target)
         yield target.format({**shared, **places}), part.reshape(shape)
 
@@ -276,6 +279,9 @@ def _stack(
     if problems:
         raise _Misfit(*problems)
     parts = [tensors[names[i]] for i in grid]
+    problems = list(_rank_problems(parts, [names[i] for i in grid], grid, stacked, source, known))
+    if problems:
+        raise _Misfit(*problems)
     if len({p.dtype for p in parts}) > 1:
         found = ", ".join(sorted({str(p.dtype) for p in parts}))
         raise _Misfit(f"{_first(names)}: the experts' dtypes differ ({found}), expected one dtype")
@@ -288,6 +294,25 @@ def _stack(
         place: tuple[int | slice, ...] = (n, *map(slice, part.shape))
         out[place] = part
     return out.reshape((*counts, *shape))
+
+
+def _rank_problems(
+    parts: list[np.ndarray],
+    names: list[str],
+    grid: list[tuple[int, ...]],
+    stacked: tuple[str, ...],
+    source: Side,
+    known: Mapping[str, int | tuple[int, ...]],
+) -> Iterator[str]:
+    """Experts stored on their own whose rank is not the config's."""
+    ranks = known.get("rank")
+    if not isinstance(ranks, tuple) or "expert" not in stacked or ("rank",) not in source.shape:
+        return
+    where = source.shape.index(("rank",))
+    for part, name, index in zip(parts, names, grid, strict=True):
+        expected = ranks[index[stacked.index("expert")]]
+        if part.shape[where] != expected:
+            yield f"{name}: shape {list(part.shape)}, found rank = {part.shape[where]}, expected {expected}"
 
 
 def _split(
@@ -314,15 +339,21 @@ def _joined(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
 
 
 def _cut_rank(
-    array: np.ndarray, side: Side, places: Mapping[str, int], known: Mapping[str, int | tuple[int, ...]]
+    array: np.ndarray,
+    name: str,
+    side: Side,
+    places: Mapping[str, int],
+    known: Mapping[str, int | tuple[int, ...]],
 ) -> np.ndarray:
     """Removes the zero padding of an expert that is stored on its own."""
     ranks = known.get("rank")
     if "expert" not in places or "rank" not in side.atoms or not isinstance(ranks, tuple):
         return array
-    rank = ranks[places["expert"]]
-    cuts = [slice(rank if axis == "rank" else size) for axis, size in zip(side.atoms, array.shape, strict=True)]
-    return array[tuple(cuts)]
+    rank, where = ranks[places["expert"]], side.atoms.index("rank")
+    if rank > array.shape[where] or np.count_nonzero(np.take(array, range(rank, array.shape[where]), axis=where)):
+        found = array.shape[where]
+        raise _Misfit(f"{name}: expert {places['expert']} has rank {rank} in the config, but values of rank {found}")
+    return np.take(array, range(rank), axis=where)
 
 
 def _first(names: dict[tuple[int, ...], str]) -> str:

@@ -56,7 +56,7 @@ def open_directory(directory: Path, dialect: Dialect | None, options: Mapping[st
     folders = dialect.folders if dialect is not None else None
     if folders is not None:
         return _open_folders(directory, folders, options)
-    with_config = dialect is None or dialect.config_file
+    with_config = dialect is not None and dialect.config_file
     has_config = (directory / files.CONFIG_NAME).exists()
     raw = files.read_json(directory / files.CONFIG_NAME) if with_config or has_config else {}
     return Stored(raw, {"": weights_path(directory)})
@@ -67,7 +67,7 @@ def weights_path(directory: Path) -> Path:
     names = (files.WEIGHTS_NAME, BIN_NAME, NPZ_NAME)
     found = next((directory / n for n in names if (directory / n).exists()), None)
     if found is None:
-        raise CheckpointError("not a checkpoint", [f"{directory}: has none of {', '.join(names)}"])
+        raise CheckpointError("not a checkpoint", [f"{directory}: missing file, expected one of {', '.join(names)}"])
     return found
 
 

@@ -1,5 +1,6 @@
 """What every field of the config may be, and which fields do not go together."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -32,12 +33,19 @@ def problems(config: "MoeLoraConfig") -> list[str]:
     return [*wrong.values(), *together]
 
 
+LARGEST = 2**16  # of ranks, experts, sizes: beyond any use, and small enough that nothing built from it explodes
+
+
 def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= LARGEST
 
 
 def _number(is_in_range: Callable[[float], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and is_in_range(v)
+    def check(v: Any) -> bool:
+        is_number = isinstance(v, int | float) and not isinstance(v, bool)
+        return is_number and abs(v) < 1e300 and math.isfinite(v) and is_in_range(v)
+
+    return check
 
 
 def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -52,9 +60,10 @@ def _pattern_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, dict) and all(_is_regex(k) and check(x) for k, x in v.items())
 
 
-def _is_regex(value: Any) -> bool:
+def _is_regex(value: Any, form: str = "(.*\\.)?({})$") -> bool:
+    """Whether it is a regular expression where PEFT puts it."""
     try:
-        re.compile(value)
+        re.compile(form.format(value))
     except (re.error, TypeError, RecursionError, OverflowError):
         return False
     return True
@@ -76,7 +85,16 @@ def _one_of(values: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
     return (lambda v: isinstance(v, str) and v in values), f"one of {', '.join(values)}"
 
 
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 _names = _list_of(_is_name)
+_name_patterns = _list_of(lambda v: _is_name(v) and _is_regex(v))
 _rank = _either(_integer(1), _list_of(_integer(1)))
 _positive = _number(lambda v: v > 0)
 _alpha = _either(_positive, _list_of(_positive))
@@ -87,7 +105,7 @@ _text = _either(_is_none, lambda v: isinstance(v, str))
 _OPTIONAL_SIZE = (_either(_is_none, _integer(1)), "null or an integer >= 1")
 _BOOL = (_is_bool, "true or false")
 _TARGETS = (
-    _either(_is_none, lambda v: _is_name(v) and _is_regex(v), _names, lambda v: v == []),
+    _either(_is_none, lambda v: _is_name(v) and _is_regex(v, "{}"), _names, lambda v: v == []),
     "null, a list of module names or a regular expression",
 )
 _FRACTION = (_fraction, "a number in [0, 1)")
@@ -105,13 +123,16 @@ FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _either(_is_none, _integer(0), _list_of(_integer(0))),
         "null, a layer number or a list of layer numbers",
     ),
-    "layers_pattern": (_either(_is_none, _is_name, _names), "null, a name or a list of names"),
+    "layers_pattern": (
+        _either(_is_none, lambda v: _is_name(v) and _is_regex(v), _name_patterns),
+        "null, a name or a list of names",
+    ),
     "rank_pattern": (_pattern_of(_rank), "{regular expression: rank or list of ranks}"),
     "alpha_pattern": (_pattern_of(_alpha), "{regular expression: alpha or list of alphas}"),
     "num_experts_pattern": (_pattern_of(_integer(1)), "{regular expression: integer >= 1}"),
     "top_k_pattern": (_pattern_of(_top_k), "{regular expression: integer >= 1 or null}"),
     "init_lora_weights": _BOOL,
-    "modules_to_save": (_either(_is_none, _names), "null or a list of module names"),
+    "modules_to_save": (_either(_is_none, _name_patterns), "null or a list of module names"),
     "scope": _one_of(SCOPES),
     "router_input": _one_of(ROUTER_INPUTS),
     "router_depth": (_integer(0), "an integer >= 0"),
@@ -138,13 +159,13 @@ FIELD_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "router_aux_loss_delta": _FRACTION,
     "router_aux_loss_coef": _COEFFICIENT,
     "router_z_loss_coef": _COEFFICIENT,
-    "format_version": (lambda v: v == FORMAT_VERSION, f"{FORMAT_VERSION}"),
+    "format_version": (lambda v: v == FORMAT_VERSION and not isinstance(v, bool), f"{FORMAT_VERSION}"),
     "peft_type": (lambda v: v == PEFT_TYPE, PEFT_TYPE),
     "base_model_name_or_path": (_text, "null or a string"),
     "revision": (_text, "null or a string"),
     "task_type": (_text, "null or a string"),
     "inference_mode": _BOOL,
-    "auto_mapping": (_either(_is_none, lambda v: isinstance(v, dict)), "null or an object"),
+    "auto_mapping": (_either(_is_none, lambda v: isinstance(v, dict) and _is_json(v)), "null or a JSON object"),
     "peft_version": (_text, "null or a string"),
 }
 

@@ -19,14 +19,16 @@ from interop.errors import ConfigError
 from interop.plain_lora import require_empty
 from interop.registry import dialect_named, file_dialects
 
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="option", metavar="NAME=VALUE")]
 Layout = Annotated[str | None, tyro.conf.arg(name="from")]
 _FIELDS = {f.name for f in dataclasses.fields(MoeLoraConfig)}
 
 
 def convert(
-    source: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    source: Source,
+    target: Target,
     *,
     to: str,
     dialect: Layout = None,
@@ -52,7 +54,7 @@ def convert(
     adapter = checkpoint.read(source, layout, **parse_options(options))
     checkpoint.write(adapter, require_empty(target), to, allow_loss=allow_loss, duplicates=duplicates)
     print(f"{source} ({layout}) -> {target} ({to}): {len(adapter.tensors)} tensors")
-    if needed := options_of(table, adapter.config, adapter.modules):
+    if to != "native" and (needed := options_of(table, adapter.config, adapter.modules)):
         values = " ".join(f"--option {name}='{json.dumps(value)}'" for name, value in needed.items())
         print(f"{to} does not record everything; to read it back: {values}")
 

@@ -16,7 +16,7 @@ from interop.export.gate_sources import Gates, gates_from_file, gates_of, unifor
 from interop.export.mixtral import export_mixtral
 from interop.gates import task_gates
 from interop.plain_lora import append_text
-from interop.verbs_convert import Layout, Options, parse_options
+from interop.verbs_convert import Layout, Options, Source, Target, parse_options
 
 GROUP = "moe_lora.measures"
 """Entry points to functions that need a forward pass: interop has none, and never imports jax."""
@@ -25,8 +25,8 @@ _BELONGS = {"gates": ("lora",), "task": ("lora",), "dtype": ("mixtral",), "data"
 
 
 def export(
-    source: Annotated[Path, tyro.conf.Positional],
-    target: Annotated[Path, tyro.conf.Positional],
+    source: Source,
+    target: Target,
     *,
     form: Annotated[Literal["lora-experts", "lora", "mixtral"], tyro.conf.arg(name="as")],
     gates: str | None = None,

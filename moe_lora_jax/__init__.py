@@ -3,6 +3,7 @@
 from interop.config import MoeLoraConfig
 from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
 from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
+from moe_lora_jax.combine import combine
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.models import CausalLM, generate, load_base_model
@@ -16,6 +17,7 @@ __all__ = [
     "Router",
     "RouterOutput",
     "apply_moe_lora",
+    "combine",
     "generate",
     "load_adapter",
     "load_base_model",

@@ -1,7 +1,7 @@
 """Finds the target layers of a model by their paths and swaps mixtures in; and out again."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -38,22 +38,29 @@ def apply_moe_lora(
     """
     if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
+    chosen = config.targets.select(linear_layers(model))
+    return apply_to_modules(model, config, chosen, rngs=rngs, param_dtype=param_dtype)
+
+
+def apply_to_modules(
+    model: nnx.Module, config: MoeLoraConfig, chosen: list[str], *, rngs: nnx.Rngs, param_dtype: jnp.dtype
+) -> nnx.Module:
+    """`apply_moe_lora` on exactly these layers, whatever else the config's names may match."""
+    if config.modules_to_save:
+        problem = f"modules_to_save: found {config.modules_to_save}, expected null: only PyTorch saves whole modules"
+        raise ConfigError("the config does not fit the model", [problem])
     linears = linear_layers(model)
-    chosen = config.targets.select(linears)
     sizes = _sizes(config, chosen)
     config = _completed(model, config, chosen)
     routed = [m for m in chosen if sizes[m].has_router]
-    if config.scope == "ffn":
-        for block in router_owners(config, routed):
-            _wrap_block(model, block, routed, config, param_dtype=param_dtype, rngs=rngs)
-        chosen_alone = [m for m in chosen if not sizes[m].has_router]
-    else:
-        chosen_alone = chosen
+    alone = [m for m in chosen if config.scope != "ffn" or not sizes[m].has_router]
+    blocks = (
+        [_plan_block(model, b, routed, config) for b in router_owners(config, routed)] if config.scope == "ffn" else []
+    )
     shared = _add_model_router(model, config, routed, rngs)
     order = config.module_order or []
-    for path in chosen_alone:
+    for path in alone:  # before the blocks, which may contain some of them
         layer = linears[path]
-        index = order.index(path) if path in order else 0
         wrapper = MoeLoraLinear(
             layer,
             layer.in_features,
@@ -61,11 +68,13 @@ def apply_moe_lora(
             sizes[path],
             config=config,
             shared=shared,
-            layer_index=index,
+            layer_index=order.index(path) if path in order else 0,
             param_dtype=param_dtype,
             rngs=rngs,
         )
         _replace(model, path, wrapper)
+    for block in blocks:
+        _wrap_block(model, block, config, param_dtype=param_dtype, rngs=rngs)
     model.moe_lora_config = config  # type: ignore[attr-defined]
     return model
 
@@ -136,58 +145,81 @@ def _add_model_router(model: Any, config: MoeLoraConfig, routed: list[str], rngs
     return model.moe_lora_router.shared
 
 
-def _wrap_block(
-    model: nnx.Module, block: str, routed: list[str], config: MoeLoraConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
-) -> None:
-    """Replaces the linear layers of a feed-forward block by `SlotLinear`s and the block by a `MoeLoraFeedForward`."""
-    owner = _find(model, block)
-    layers = {name: m for name, m in vars(owner).items() if isinstance(m, nnx.Linear)}
-    targets = [m.rpartition(".")[2] for m in routed if block_of(m) == block]
+@dataclass(frozen=True)
+class _Block:
+    """A feed-forward block that fits: its linear layers' names, which are targets, and which one is the last."""
+
+    path: str
+    layers: dict[str, nnx.Linear]
+    targets: frozenset[str]
+    last: str
+
+
+def _plan_block(model: nnx.Module, path: str, routed: list[str], config: MoeLoraConfig) -> _Block:
+    layers = {name: m for name, m in vars(_find(model, path)).items() if isinstance(m, nnx.Linear)}
     shapes = {name: (m.in_features, m.out_features) for name, m in layers.items()}
     last = last_layer(shapes)
     if last is None:
-        problem = f"{block}: found the layers {shapes}, expected exactly one whose output is the block's"
+        problem = f"{path}: found the layers {shapes}, expected exactly one whose output is the block's"
         raise ConfigError("scope ffn does not fit the model", [problem])
     sums_to_one = config.norm_topk_prob and config.threshold is None and config.routed_scaling_factor == 1
     if layers[last].bias is not None and (not sums_to_one or config.expert_dropout > 0):
-        problem = f"{block}.{last}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold"
+        problem = f"{path}.{last}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold"
         raise ConfigError("scope ffn does not fit the model", [f"{problem}, scaling factor or expert_dropout"])
-    sizes, shared = config.for_module(block), Shared.empty()
-    for name, layer in layers.items():
-        if name not in targets and name != last:
-            continue
+    targets = frozenset(m.rpartition(".")[2] for m in routed if block_of(m) == path)
+    return _Block(path, {n: m for n, m in layers.items() if n in targets or n == last}, targets, last)
+
+
+def _wrap_block(
+    model: nnx.Module, block: _Block, config: MoeLoraConfig, *, param_dtype: jnp.dtype, rngs: nnx.Rngs
+) -> None:
+    """Replaces the linear layers of a feed-forward block by `SlotLinear`s and the block by a `MoeLoraFeedForward`."""
+    owner = _find(model, block.path)
+    sizes, shared = config.for_module(block.path), Shared.empty()
+    for name, layer in block.layers.items():
         slot_layer = SlotLinear(
-            layer,
-            *shapes[name],
-            config.for_module(f"{block}.{name}"),
+            getattr(owner, name),  # plain LoRA by now, if the config gives this layer one expert
+            layer.in_features,
+            layer.out_features,
+            config.for_module(f"{block.path}.{name}"),
             shared,
             config=config,
             top_k=sizes.top_k,
-            is_last=name == last,
-            is_target=name in targets,
+            is_last=name == block.last,
+            is_target=name in block.targets,
             param_dtype=param_dtype,
             rngs=rngs,
         )
         setattr(owner, name, slot_layer)
-    _replace(model, block, MoeLoraFeedForward(owner, shapes[last][1], sizes, shared, config=config, rngs=rngs))
+    width = block.layers[block.last].out_features
+    _replace(model, block.path, MoeLoraFeedForward(owner, width, sizes, shared, config=config, rngs=rngs))
 
 
 def _modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+    """(path joined with dots, module).
+
+    Raises:
+        ConfigError: a name on a path contains a dot, so that the joined path would mean another module.
+    """
     for path, module in nnx.iter_modules(model):
+        if dotted := [part for part in path if isinstance(part, str) and "." in part]:
+            raise ConfigError(
+                "the model cannot be addressed", [f"{'.'.join(map(str, path))}: the name {dotted[0]!r} contains a dot"]
+            )
         yield ".".join(map(str, path)), module
 
 
 def _find(model: nnx.Module, path: str) -> Any:
     owner: Any = model
     for part in path.split(".") if path else []:
-        owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        owner = owner[int(part)] if isinstance(owner, nnx.List) else getattr(owner, part)
     return owner
 
 
 def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
     parent, _, name = path.rpartition(".")
     owner = _find(model, parent)
-    if name.isdigit():
+    if isinstance(owner, nnx.List):
         owner[int(name)] = new
     else:
         setattr(owner, name, new)

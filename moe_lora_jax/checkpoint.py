@@ -13,7 +13,7 @@ from interop.adapter import Adapter, config_sizes
 from interop.dialects import JAX_TREE
 from interop.errors import CheckpointError
 from interop.rules import decode, encode
-from moe_lora_jax.apply import apply_moe_lora, has_adapter, linear_layers
+from moe_lora_jax.apply import apply_to_modules, has_adapter, linear_layers
 from moe_lora_jax.experts import MoeLoraParam
 
 
@@ -62,6 +62,8 @@ def load_adapter(
         CheckpointError: unreadable, or for another base model: every module that is missing there or has other sizes is
             listed, and the model is left as it was.
     """
+    if has_adapter(model):
+        raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
     adapter = source if isinstance(source, Adapter) else interop.read(source, dialect, **options)
     config = adapter.config
     if config.modules_to_save:
@@ -70,7 +72,7 @@ def load_adapter(
         )
     _check_fits(model, adapter)
     dtype = next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
-    apply_moe_lora(model, config, rngs=rngs or nnx.Rngs(0), param_dtype=dtype)
+    apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=dtype)
     stored, problems = encode(JAX_TREE.rules, adapter.tensors, config_sizes(config))
     state = nnx.to_flat_state(nnx.state(model, MoeLoraParam))
     assert not problems and stored.keys() == {_name(path) for path, _ in state}, "checked against the config before"

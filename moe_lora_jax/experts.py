@@ -25,12 +25,13 @@ def init_experts(
     experts_a = 1 if sizes.shared_lora_A else sizes.num_experts
     bound = in_features**-0.5
     a = jax.random.uniform(rngs.params(), (experts_a, sizes.rank, in_features), param_dtype, -bound, bound)
-    b = jax.random.normal(rngs.params(), (sizes.num_experts, sizes.rank, out_features), param_dtype) * sizes.rank**-0.5
-    if zero_b:
-        b = jnp.zeros_like(b)
+    shape_b = (sizes.num_experts, sizes.rank, out_features)
+    b = jnp.zeros(shape_b, param_dtype)
+    if not zero_b:
+        b = jax.random.normal(rngs.params(), shape_b, param_dtype) * sizes.rank**-0.5
     if min(sizes.ranks) < sizes.rank:
         used = jnp.arange(sizes.rank) < jnp.asarray(sizes.ranks)[:, None]
-        a, b = a * used[:, :, None], b * used[:, :, None]
+        a, b = (jnp.where(used[:, :, None], factor, 0.0) for factor in (a, b))
     return a.astype(param_dtype), b.astype(param_dtype)
 
 
@@ -69,4 +70,4 @@ def gated_sum(hidden: jax.Array, weights: jax.Array, b: jax.Array) -> jax.Array:
         [tokens, out]; no [tokens, expert, out] array ever exists.
     """
     gated = hidden * weights[:, :, None].astype(hidden.dtype)
-    return gated.reshape(hidden.shape[0], -1) @ b.reshape(-1, b.shape[-1])
+    return gated.reshape(hidden.shape[0], b.shape[0] * b.shape[1]) @ b.reshape(-1, b.shape[-1])

@@ -34,7 +34,7 @@ def compute_gates(logits: jax.Array, gating: Gating, tau: jax.Array | float | No
         gating: the rule.
         tau: threshold on the scores, [..., 1], a number, or None for no threshold.
 
-    A normalised softmax over the kept experts is computed as the softmax of the kept logits: exact zeros elsewhere, an
+    Scores divided by the sum of the kept are computed as a softmax of their logarithms: exact zeros elsewhere, an
     exactly zero gradient where only one expert is kept, and zeros (not NaN) where none is.
     """
     z = jnp.abs(logits) if gating.scoring_func == "abs_softmax" else logits
@@ -45,8 +45,9 @@ def compute_gates(logits: jax.Array, gating: Gating, tau: jax.Array | float | No
     if tau is not None:
         keep = score >= tau
 
-    if gating.norm_topk_prob and gating.scoring_func != "sigmoid" and not gating.adaptive_threshold:
-        weights = _masked_softmax(z, keep)
+    if gating.norm_topk_prob and not gating.adaptive_threshold:
+        log_score = jax.nn.log_sigmoid(z) if gating.scoring_func == "sigmoid" else z
+        weights = _masked_softmax(log_score, keep)  # score / sum of the kept scores
     else:
         kept = score - tau if gating.adaptive_threshold and tau is not None else score
         weights = jnp.where(keep, kept, 0.0)

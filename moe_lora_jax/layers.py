@@ -1,5 +1,7 @@
 """A mixture of LoRA experts around one linear layer."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -74,7 +76,7 @@ class MoeLoraLinear(nnx.Module):
         base = self.base_layer(x)
         if self.shared is not None and self.shared.is_empty:
             return base  # the first pass of a model router, which runs without the adapter
-        delta = self.delta(x.reshape(-1, x.shape[-1]))
+        delta = self.delta(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         return base + delta.reshape(base.shape).astype(base.dtype)
 
     def delta(self, x: jax.Array) -> jax.Array:
@@ -99,7 +101,8 @@ class MoeLoraLinear(nnx.Module):
     def _joined(self, x: jax.Array, flat_a: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A x and the gates from one product."""
         assert isinstance(self.router, Router)
-        joined = x @ jnp.concatenate([flat_a, self.router.kernel[...].T]).T
+        rows = jnp.concatenate([flat_a, self.router.kernel[...].T])
+        joined = jnp.matmul(x, rows.T, precision=jax.lax.Precision.HIGHEST)  # the router decides in full fp32
         gates = self.router.decide(x, joined[:, flat_a.shape[0] :]).gates
         return joined[:, : flat_a.shape[0]], self.expert_dropout(gates, rngs=self.rngs)
 

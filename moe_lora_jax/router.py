@@ -42,7 +42,7 @@ class Router(nnx.Module):
 
     def __init__(self, in_features: int, sizes: ModuleConfig, *, config: MoeLoraConfig, rngs: nnx.Rngs):
         self.gating = Gating.of(config, sizes)
-        self.num_experts = sizes.num_experts
+        self.num_experts, self.n_splits = sizes.num_experts, config.n_splits
         logits = sizes.num_experts * config.n_splits
         self.kernel = MoeLoraParam(ROUTER_STD * jax.random.normal(rngs.params(), (in_features, logits), jnp.float32))
         self.bias = MoeLoraParam(jnp.zeros(logits, jnp.float32)) if config.router_bias else None
@@ -59,7 +59,7 @@ class Router(nnx.Module):
     def decide(self, x: jax.Array, product: jax.Array) -> RouterOutput:
         """The same from the product R x [tokens, logit], for a caller that computed it together with another."""
         logits = product if self.bias is None else product + self.bias[...]
-        logits = (logits / self.gating.router_temperature).reshape(x.shape[0], -1, self.num_experts)
+        logits = (logits / self.gating.router_temperature).reshape(x.shape[0], self.n_splits, self.num_experts)
         decision = RouterOutput(logits, compute_gates(logits, self.gating, self._tau(x)))
         record(self, decision)
         return decision

@@ -181,7 +181,8 @@ def test_initialisation():
     assert (random.moe_lora_B["default"][0, :, 4:] == 0).all()
     assert (random(x) - random.base_layer(x)).abs().max() > 0.01
     c = MoeLoraConfig(threshold=0.6, adaptive_threshold=True, router_bias=True)
-    fresh = Linear(nn.Linear(400, 300), "default", c, c.for_module("fc"))
+    fresh = Linear(nn.Linear(400, 300))
+    fresh.update_layer("default", c, c.for_module("fc"))
     router, threshold = fresh.moe_lora_router["default"], fresh.moe_lora_threshold["default"]
     assert abs(router.weight.std() / 0.02 - 1) < 0.1
     assert all((p == 0).all() for p in (router.bias, threshold.weight, threshold.bias))

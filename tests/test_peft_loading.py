@@ -87,7 +87,8 @@ def test_keys_are_exactly_those_of_the_native_table(tmp_path, fields, roles, nam
 def test_save_load_save(tmp_path, fields, low_cpu_mem_usage):
     model = saved(tmp_path / "a", **fields)
     again = loaded(tmp_path / "a", low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(logits(again), logits(model))
+    # low_cpu_mem_usage leaves the tensors in the file's memory, whose alignment can change the last bit of a product
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6 if low_cpu_mem_usage else 0, rtol=0)
     again.save_pretrained(tmp_path / "b")
     assert_same_tensors(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
     a, b = (json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in "ab")

@@ -5,6 +5,7 @@ from interop.dialects.arrow import ARROW
 from interop.dialects.for_ai import FOR_AI_MOLORA
 from interop.dialects.hydralora import HYDRALORA
 from interop.dialects.jax_tree import JAX_TREE
+from interop.dialects.lora import PLAIN_LORA
 from interop.dialects.loramoe import LORAMOE
 from interop.dialects.moe_peft import MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
 from interop.dialects.moelora import MOELORA
@@ -16,6 +17,7 @@ from interop.dialects.xlora import XLORA
 
 FILE_DIALECTS = (
     NATIVE,
+    PLAIN_LORA,
     LORAMOE,
     HYDRALORA,
     MOE_PEFT_LORAMOE,

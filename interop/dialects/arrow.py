@@ -1,7 +1,7 @@
 """PEFT's Arrow routing (arXiv:2405.11157): one folder per task LoRA; the router rows are their prototypes."""
 
 from interop.codecs import ONE_FOR_ALL, PER_EXPERT
-from interop.dialect import Dialect, Field, Folders
+from interop.dialect import Dialect, Field, Folders, Option
 from interop.dialects.common import BOOKKEEPING, INERT
 from interop.rules import Rule
 
@@ -33,6 +33,7 @@ ARROW = Dialect(
     fixed={"scoring_func": "abs_softmax"},
     const={"peft_type": ("LORA",), "bias": ("none",), "arrow_config.use_gks": (False,)},
     ignore=INERT | {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"},
+    options=(Option("prototypes", "an .npz file {module: [expert, in]} of the router's rows", default=None),),
     folders=Folders("arrow_config.task_adapter_names", "arrow_router", "task_{expert}", "prototypes.npz"),
     notes="|x.v|, top-k, then softmax; prototypes are not stored by PEFT: an option, a prototypes.npz, or exact SVD",
 )

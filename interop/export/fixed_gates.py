@@ -20,7 +20,7 @@ def fixed_gates_lora(adapter: Adapter, gates: Gates) -> Adapter:
         weights:  A = [sum_e g_qe A_e,q for splits q],  B = s [sum_e g_qe B_e,q for splits q], of rank r
 
     r = lora_alpha, so that PEFT's own scaling is 1. Experts with gate 0 are left out, and so are modules without any
-    other. A module without a router keeps its delta.
+    other. A module without a router keeps its delta. With a shared A the B's are summed, and the rank stays r.
 
     Args:
         adapter: the mixture.
@@ -82,6 +82,8 @@ def _concatenated(
     a: np.ndarray, b: np.ndarray, gates: np.ndarray, sizes: ModuleConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     kept = [e for e in range(sizes.num_experts) if gates[0, e] != 0]
+    if sizes.shared_lora_A and kept:  # sum_e g_e s_e (B_e A) = (sum_e g_e s_e B_e) A, of rank r
+        return a[0], sum(gates[0, e] * sizes.scalings[e] * b[e] for e in kept)
     rows = [a[e, : sizes.ranks[e]] for e in kept]
     columns = [gates[0, e] * sizes.scalings[e] * b[e, :, : sizes.ranks[e]] for e in kept]
     if not kept:

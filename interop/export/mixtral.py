@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from interop import files
 from interop.adapter import Adapter
+from interop.atomic import replace_files
 from interop.errors import CheckpointError
 from interop.export.base_model import BaseModel
 from interop.export.mixtral_checks import INERT, PROJECTIONS, adapter_problems, base_problems, fit_problems
@@ -92,7 +92,7 @@ def export_mixtral(
         writers["config.json"] = lambda target: target.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         writers["README.md"] = lambda target: target.write_text(text, "utf-8")
         writers |= {source.name: partial(shutil.copyfile, source) for source in model.copied()}
-        files.replace_files(path, writers)
+        replace_files(path, writers)
     return notes
 
 

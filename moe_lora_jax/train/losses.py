@@ -15,7 +15,7 @@ class TokenLoss(NamedTuple):
     """A mean over counted tokens (fp32, nats), and how many they were: what exact accumulation needs."""
 
     mean: jax.Array
-    count: jax.Array
+    counted_tokens: jax.Array
 
 
 def next_token_loss(logits: jax.Array, input_ids: jax.Array, loss_mask: jax.Array) -> TokenLoss:

@@ -1,0 +1,233 @@
+"""The training loop: batches through the step, metrics, evaluation, checkpoints, and an orderly end."""
+
+import contextlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from rich.console import Console
+
+from interop.config import MoeLoraConfig
+from moe_lora_jax.checkpoint import save_pretrained
+from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
+from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
+from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.errors import TrainingError
+from moe_lora_jax.train.filters import PARTS
+from moe_lora_jax.train.health import CollapseWatch, module_health, summary, warn_of_routers_that_cannot_learn
+from moe_lora_jax.train.optimizer import adamw, warmup_cosine
+from moe_lora_jax.train.progress import progress_bar, stop_signals
+from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
+from moe_lora_jax.train.settings import TrainSettings
+from moe_lora_jax.train.step import StepMetrics, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.window import Window
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    step: optimizer steps done, of total_steps.
+    losses: {step: next-token loss} as logged, nats per token.
+    eval_losses: {step: the same on the evaluation data}; step 0 is before training.
+    """
+
+    output_dir: Path
+    step: int
+    total_steps: int
+    losses: Mapping[int, float]
+    eval_losses: Mapping[int, float]
+
+    @property
+    def is_finished(self) -> bool:
+        """False: stopped by a signal; a checkpoint is saved, the adapter is not."""
+        return self.step >= self.total_steps
+
+
+def train(
+    model: nnx.Module,
+    data: TokenData,
+    output_dir: str | os.PathLike[str],
+    settings: TrainSettings,
+    *,
+    eval_data: TokenData | None = None,
+    pad_id: int = 0,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains the adapter of `model` and writes it to `output_dir`; the model then carries it, in eval mode.
+
+    A run is a function of the model, the data and the settings. SIGTERM or Ctrl-C saves a checkpoint and returns; the
+    same call with `resume` then gives the very bits that the uninterrupted run would have given.
+
+    Args:
+        model: with an adapter (`apply_moe_lora` or `load_adapter`).
+        data, eval_data: from `read_data`.
+        output_dir: for the adapter, and a folder `training` for the rest (see `run_dir`).
+        settings: see `TrainSettings`.
+        pad_id: the token that padding is made of; it is masked.
+        console: for the progress bar; default stderr. Without a terminal nothing is shown.
+
+    Raises:
+        TrainingError: no adapter, nothing selected to train, the directory is taken, the checkpoint does not fit, or
+            the loss is no longer finite (with the step, the lines of its batch and the last good checkpoint).
+    """
+    config = getattr(model, "moe_lora_config", None)
+    if config is None:
+        raise TrainingError("nothing to train", ["the model has no adapter: call apply_moe_lora or load_adapter first"])
+    if config.router_input == "task":
+        raise TrainingError("cannot train", ["router_input: found 'task', expected 'hidden': the data has no task ids"])
+    loop = _Loop(model, config, data, settings, eval_data, pad_id)
+    warn_of_routers_that_cannot_learn(config)
+    identity = {
+        "settings": settings.fixed(),
+        "adapter": config.semantic_dict(),
+        "base": base_fingerprint(loop.frozen.base),
+        "data": data.digest,
+        "eval_data": eval_data.digest if eval_data is not None else None,
+    }
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(RunDirectory(output_dir, identity, resume=settings.resume))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
+        stop = stack.enter_context(stop_signals())
+        loop.start(run, checkpoints)
+        show = stack.enter_context(progress_bar(console or Console(stderr=True), loop.total_steps, loop.step))
+        while loop.step < loop.total_steps and not stop.is_set():
+            loop.advance(show)
+        loop.save()
+        merge_back(model, loop.state, loop.frozen)
+        result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses)
+        if result.is_finished:
+            save_pretrained(model, output_dir)
+        return result
+
+
+class _Loop:
+    """The moving parts of one run."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        config: MoeLoraConfig,
+        data: TokenData,
+        settings: TrainSettings,
+        eval_data: TokenData | None,
+        pad_id: int,
+    ):
+        self.config = config
+        self.data, self.eval_data, self.settings, self.pad_id = data, eval_data, settings, pad_id
+        self.total_steps = settings.total_steps(len(data.examples))
+        self.schedule = warmup_cosine(settings.learning_rate, settings.warmup_steps, self.total_steps)
+        optimizer = adamw(self.schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
+        model.train()
+        graphdef, self.state, self.frozen = split_model(model, PARTS[settings.train_only], optimizer)
+        model.eval()
+        if not jax.tree.leaves(self.state.trainable):
+            problem = f"train_only = {settings.train_only!r} selects nothing: every module has one expert, so no router"
+            raise TrainingError("nothing to train", [problem])
+        self.train_step = make_train_step(graphdef, optimizer, self.config)
+        self.eval_step = make_eval_step(nnx.graphdef(model))
+        self.batches = TrainBatches(
+            data.examples,
+            batch_size=settings.batch_size,
+            gradient_accumulation=settings.gradient_accumulation,
+            epochs=settings.total_epochs(len(data.examples)),
+            seed=settings.seed,
+            pad_id=pad_id,
+        )
+        self.step = 0
+        self.losses: dict[int, float] = {}
+        self.eval_losses: dict[int, float] = {}
+        self.watch = CollapseWatch(self.config)
+        self.window = Window()
+
+    def start(self, run: RunDirectory, checkpoints: Checkpoints) -> None:
+        """Begins, or takes up the newest checkpoint."""
+        self.run, self.checkpoints = run, checkpoints
+        if checkpoints.latest is not None:
+            snapshot = checkpoints.restore(self._snapshot())
+            self.step, self.state = snapshot.step, snapshot.state
+            self.frozen = self.frozen._replace(adapter=snapshot.adapter)
+            self.batches.restore(snapshot.position)
+        for record in run.open_metrics(self.step):
+            for key, losses in (("lm_loss", self.losses), ("eval_loss", self.eval_losses)):
+                if key in record:
+                    losses[record["step"]] = record[key]
+        if self.eval_data is not None and 0 not in self.eval_losses:
+            self.evaluate()
+        self.window = Window()
+
+    def advance(self, show: Any) -> None:
+        """One optimizer step, and what is due after it."""
+        host = next(self.batches)
+        self.state, metrics = self.train_step(self.state, self.frozen, host.batch)
+        metrics = jax.device_get(metrics)
+        self._check_finite(metrics, host)
+        self.step += 1
+        self.window.add(metrics)
+        show(self.step, float(metrics.lm_loss), self.window.speed)
+        settings, last = self.settings, self.step == self.total_steps
+        if self.step % settings.log_every == 0 or last or not self.losses:
+            self._log(metrics)
+        if self.eval_data is not None and (last or _due(self.step, settings.eval_every)):
+            self.evaluate()
+        if _due(self.step, settings.checkpoint_every):
+            self.save()
+
+    def evaluate(self) -> None:
+        """The loss on the evaluation data, logged."""
+        assert self.eval_data is not None
+        nll, counted = 0.0, 0.0
+        for host in eval_batches(self.eval_data.examples, batch_size=self.settings.batch_size, pad_id=self.pad_id):
+            sums = jax.device_get(self.eval_step(self.state.trainable, self.state.rng, self.frozen, host.batch))
+            nll, counted = nll + float(sums.nll), counted + float(sums.counted_tokens)
+        self.eval_losses[self.step] = nll / counted
+        self.run.log({"step": self.step, "eval_loss": self.eval_losses[self.step], "eval_tokens": int(counted)})
+
+    def save(self) -> None:
+        self.checkpoints.save(self._snapshot())
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.step, self.state, self.frozen.adapter, self.batches.state())
+
+    def _log(self, metrics: StepMetrics) -> None:
+        health = module_health(self.window.router)
+        self.watch.check(self.step, health)
+        self.losses[self.step] = float(metrics.lm_loss)
+        self.run.log(
+            {
+                "step": self.step,
+                "loss": float(metrics.loss),
+                "lm_loss": float(metrics.lm_loss),
+                "load_balancing_loss": float(metrics.load_balancing_loss),
+                "router_z_loss": float(metrics.router_z_loss),
+                "learning_rate": float(self.schedule(self.step - 1)),
+                "grad_norm": float(metrics.grad_norm),
+                "tokens_per_second": round(self.window.speed, 1),
+                **summary(health),
+                "router": {module: state.to_dict() for module, state in health.items()},
+            }
+        )
+        self.window = Window()
+
+    def _check_finite(self, metrics: StepMetrics, host: HostBatch) -> None:
+        if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+            return
+        lines = ", ".join(str(line) for line in sorted(set(host.lines.tolist()) - {0}))
+        good = self.checkpoints.latest
+        raise TrainingError(
+            f"step {self.step + 1}: the loss is {float(metrics.loss)}, the gradient norm {float(metrics.grad_norm)}",
+            [
+                f"batch: lines {lines} of {self.data.file}",
+                f"last good checkpoint: {self.run.checkpoints / str(good) if good is not None else 'none'}",
+                "try a lower learning_rate, more warmup_steps or a smaller max_grad_norm",
+            ],
+        )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

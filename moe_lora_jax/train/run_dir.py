@@ -1,0 +1,137 @@
+"""The `training` folder of an output directory: a lock, what the run is, its metrics and its checkpoints.
+
+OUT/adapter_config.json, adapter_model.safetensors, README.md      the result, written at the end
+OUT/training/run.json            settings, adapter config and data, which a continuation must share
+OUT/training/metrics.jsonl       one line per logged step
+OUT/training/checkpoints/STEP/   orbax: adapter, optimizer, rng, position in the data
+"""
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+import jax
+import numpy as np
+from flax import nnx
+
+from moe_lora_jax.train.errors import TrainingError
+
+FOLDER = "training"
+
+
+class RunDirectory:
+    """An output directory, locked for one run: use as a context manager.
+
+    Args:
+        output_dir: created if missing.
+        identity: JSON values that say what the run is; those of a continuation must be equal.
+        resume: continue the run that is there.
+
+    Raises:
+        TrainingError: another run holds it; it holds a run and resume is false, or none and resume is true; or the run
+            there is another one (each difference is listed).
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str], identity: Mapping[str, Any], *, resume: bool):
+        self.output_dir = Path(output_dir)
+        self.identity = json.loads(json.dumps(identity))
+        self.resume = resume
+        self.folder = self.output_dir / FOLDER
+        self.checkpoints = self.folder / "checkpoints"
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / "lock").open("a+")
+        except OSError as error:
+            raise TrainingError("cannot write the output", [f"{self.folder}: {error.strerror}"]) from error
+        try:
+            self._take_lock()
+            self._check_identity()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()  # closing gives up the lock
+
+    def open_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Opens metrics.jsonl for a run that stands after `step`: later lines are removed, the others returned."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        kept = [record for line in lines if (record := _record(line)) and record["step"] <= step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+        self._metrics = path.open("a", encoding="utf-8")
+        return kept
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl, at once."""
+        assert self._metrics is not None, "open_metrics comes first"
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process ends
+        except BlockingIOError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "unknown"
+            problem = f"{self.output_dir}: process {holder} is training into it; wait, or choose another output_dir"
+            raise TrainingError("two runs cannot share an output directory", [problem]) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+
+    def _check_identity(self) -> None:
+        path = self.folder / "run.json"
+        if not path.exists():
+            if self.resume:
+                raise TrainingError("nothing to resume", [f"{self.output_dir}: no run has started there"])
+            path.write_text(json.dumps(self.identity, indent=2) + "\n", "utf-8")
+            return
+        if not self.resume:
+            problem = f"{self.output_dir}: already holds a run; resume it, or choose another output_dir"
+            raise TrainingError("a run would be overwritten", [problem])
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise TrainingError("cannot resume", [f"{path}: {error}"]) from error
+        problems = list(_differences(stored, self.identity))
+        if problems:
+            problems.append("use the settings of the run, or start a new one with init_adapter")
+            raise TrainingError("not the same run, so it cannot be continued bit for bit", problems)
+
+
+def base_fingerprint(base: nnx.State) -> str:
+    """Tells one base model from another cheaply: parameter count and a checksum of the start of every tensor."""
+    leaves, total = jax.tree.leaves(base), 0
+    for leaf in leaves:
+        if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            start = leaf[(0,) * (leaf.ndim - 1)][:16] if leaf.ndim else leaf
+            total = zlib.crc32(np.asarray(start).tobytes(), total)
+    return f"{sum(leaf.size for leaf in leaves)} parameters, crc32 {total:08x}"
+
+
+def _differences(stored: Any, found: Any, path: str = "") -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(found, dict):
+        for key in sorted(stored.keys() | found.keys()):
+            yield from _differences(stored.get(key), found.get(key), f"{path}.{key}" if path else key)
+    elif stored != found:
+        yield f"{path}: found {found!r}, the run has {stored!r}"
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # cut off by a crash

@@ -1,0 +1,100 @@
+"""The settings of a training run: the single place of their defaults."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from interop.errors import ConfigError
+from moe_lora_jax.train.filters import Part
+
+# What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
+FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "resume")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. Every wrong value is named at construction.
+
+    Args:
+        epochs: passes over the data; the last batch of the last one may be smaller.
+        steps: optimizer steps instead of epochs.
+        batch_size: rows of one forward pass.
+        gradient_accumulation: forward passes per optimizer step; the gradient is that of the joined batch.
+        learning_rate: peak of AdamW's learning rate.
+        warmup_steps: steps of linear warm-up; then cosine decay towards 0.
+        weight_decay: of AdamW, decoupled.
+        max_grad_norm: the gradient's global norm is clipped to this; None does not clip.
+        train_only: "all", or only the "router" or the "experts" of the adapter.
+        seed: of the data order (the model's dropout streams have their own, in its rngs).
+        eval_every: steps between evaluations; None evaluates before the first step and after the last only.
+        checkpoint_every: steps between checkpoints; None writes one at the end only (and on SIGTERM or Ctrl-C).
+        keep_checkpoints: how many; older ones are removed.
+        log_every: steps between lines of metrics.jsonl.
+        resume: continue the run in the output directory, with the same settings and data: bit-identical.
+
+    Raises:
+        ConfigError: with one entry per wrong field.
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    train_only: Part = "all"
+    seed: int = 0
+    eval_every: int | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("epochs", "steps", "batch_size", "gradient_accumulation", "eval_every", "checkpoint_every",
+                     "keep_checkpoints", "log_every"):  # fmt: skip
+            value = getattr(self, name)
+            optional = name in ("steps", "eval_every", "checkpoint_every")
+            if not (value is None and optional) and not (_is_integer(value) and value >= 1):
+                problems.append(f"{name}: found {value!r}, expected {'null or ' if optional else ''}an integer >= 1")
+        for name in ("warmup_steps", "seed"):
+            if not (_is_integer(getattr(self, name)) and getattr(self, name) >= 0):
+                problems.append(f"{name}: found {getattr(self, name)!r}, expected an integer >= 0")
+        for name, positive, optional in (
+            ("learning_rate", True, False), ("weight_decay", False, False), ("max_grad_norm", True, True)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not (value is None and optional) and not _is_number(value, positive):
+                expected = f"{'null or ' if optional else ''}a finite number {'> 0' if positive else '>= 0'}"
+                problems.append(f"{name}: found {value!r}, expected {expected}")
+        if self.train_only not in get_args(Part):
+            problems.append(f"train_only: found {self.train_only!r}, expected one of {', '.join(get_args(Part))}")
+        if problems:
+            raise ConfigError("invalid training settings", problems)
+
+    def total_steps(self, examples: int) -> int:
+        """Optimizer steps for this many examples."""
+        rows = self.batch_size * self.gradient_accumulation
+        return self.steps if self.steps is not None else -(-self.epochs * examples // rows)
+
+    def total_epochs(self, examples: int) -> int:
+        """Passes over this many examples that the steps take, the last one perhaps not to its end."""
+        rows = self.batch_size * self.gradient_accumulation
+        return self.epochs if self.steps is None else -(-self.steps * rows // examples)
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a continuation must share."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any, positive: bool) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number and (value > 0 if positive else value >= 0)

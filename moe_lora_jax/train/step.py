@@ -1,0 +1,164 @@
+"""The functional train step: split the model once, then jit over plain states, and write the result back at the end."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from interop.config import MoeLoraConfig
+from moe_lora_jax.experts import MoeLoraParam
+from moe_lora_jax.train.health import RouterSums, router_sums
+from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
+
+
+class Batch(NamedTuple):
+    """Padded token rows. For a train step each field has a leading axis of micro-batches: [micro, batch, seq].
+
+    input_ids: [batch, seq] int32.
+    attention_mask: [batch, seq] int32, 1 for real tokens.
+    loss_mask: [batch, seq] bool, true for the tokens that are targets.
+    """
+
+    input_ids: jax.Array
+    attention_mask: jax.Array
+    loss_mask: jax.Array
+
+
+class TrainState(NamedTuple):
+    """What a step changes, and nothing else; every buffer in it is donated to the step.
+
+    trainable: the selected variables. opt_state: the optimizer's, for those only. rng: the layers' dropout streams.
+    """
+
+    trainable: nnx.State
+    opt_state: optax.OptState
+    rng: nnx.State
+
+
+class FrozenState(NamedTuple):
+    """What a step only reads: the unselected part of the adapter, and the base model. Never donated."""
+
+    adapter: nnx.State
+    base: nnx.State
+
+
+class StepMetrics(NamedTuple):
+    """Values of one step, still on the device. Losses are means over the whole step (all micro-batches)."""
+
+    loss: jax.Array
+    lm_loss: jax.Array
+    load_balancing_loss: jax.Array
+    router_z_loss: jax.Array
+    grad_norm: jax.Array
+    counted_tokens: jax.Array
+    tokens: jax.Array
+    router: dict[str, RouterSums]
+
+
+class EvalSums(NamedTuple):
+    """Sums over one batch, which add up over batches: loss = nll / counted_tokens."""
+
+    nll: jax.Array
+    counted_tokens: jax.Array
+    router: dict[str, RouterSums]
+
+
+def split_model(
+    model: nnx.Module, trainable: Callable[..., bool] | type, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState, FrozenState]:
+    """Splits a model into its graph, what trains and what does not.
+
+    The trainable variables and the RNG streams are copied, so that donating them leaves the model usable; the base
+    weights are shared. `merge_back` writes the result into the model.
+    """
+    graphdef, *states = nnx.split(model, trainable, nnx.RngState, MoeLoraParam, ...)
+    selected, rng, adapter, base = states
+    selected, rng = jax.tree.map(jnp.copy, (selected, rng))
+    return graphdef, TrainState(selected, optimizer.init(selected), rng), FrozenState(adapter, base)
+
+
+def merge_back(model: nnx.Module, state: TrainState, frozen: FrozenState) -> None:
+    """Writes the trained variables, the rest of the adapter and the RNG streams into the model."""
+    nnx.update(model, state.trainable, state.rng, frozen.adapter)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: MoeLoraConfig | None
+) -> Callable[[TrainState, FrozenState, Batch], tuple[TrainState, StepMetrics]]:
+    """The jitted step: mean gradient over all micro-batches, then one optimizer update.
+
+    The loss is next-token loss + router_aux_loss_coef * load balancing + router_z_loss_coef * z loss. Micro-batches are
+    weighted by their counted tokens (real tokens for the router terms), so the next-token and z losses and their
+    gradients equal those of the joined batch. Load balancing is a product of two means and is balanced within each
+    micro-batch, as in every framework.
+
+    Args:
+        graphdef: of a model in train mode.
+        optimizer: the one that made the state.
+        config: the model's adapter config, or None for a model without adapter.
+    """
+
+    def micro_loss(
+        trainable: nnx.State, rng: nnx.State, frozen: FrozenState, micro: Batch, totals: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[nnx.State, StepMetrics]]:
+        # copied, because variables can only be changed (dropout counts) at the trace level that made them
+        model = nnx.merge(graphdef, trainable, rng, frozen.adapter, frozen.base, copy=True)
+        logits, router = model(micro.input_ids, attention_mask=micro.attention_mask, return_router=True)
+        lm, balance, z = _losses(logits, router, micro, config)
+        tokens = jnp.sum(micro.attention_mask > 0).astype(jnp.float32)
+        counted_share, token_share = lm.counted_tokens / totals[0], tokens / totals[1]
+        lm_loss, balance, z = lm.mean * counted_share, balance * token_share, z * token_share
+        loss = lm_loss
+        if config is not None:
+            loss = lm_loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+        sums = router_sums(router, micro.attention_mask)
+        metrics = StepMetrics(loss, lm_loss, balance, z, jnp.zeros(()), lm.counted_tokens, tokens, sums)
+        return loss, (nnx.state(model, nnx.RngState), metrics)
+
+    def step(state: TrainState, frozen: FrozenState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        totals = (
+            jnp.maximum(jnp.sum(batch.loss_mask[..., 1:]), 1).astype(jnp.float32),
+            jnp.maximum(jnp.sum(batch.attention_mask > 0), 1).astype(jnp.float32),
+        )
+
+        def accumulate(carry: tuple[nnx.State, Any], micro: Batch) -> tuple[tuple[nnx.State, Any], StepMetrics]:
+            rng, grads = carry
+            new, (rng, metrics) = jax.grad(micro_loss, has_aux=True)(state.trainable, rng, frozen, micro, totals)
+            return (rng, jax.tree.map(jnp.add, grads, new)), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        one = batch.input_ids.shape[0] == 1  # unrolled, XLA sees no loop
+        (rng, grads), metrics = jax.lax.scan(accumulate, (state.rng, zeros), batch, unroll=one)
+        metrics = jax.tree.map(lambda values: jnp.sum(values, axis=0), metrics)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(trainable, opt_state, rng), metrics._replace(grad_norm=optax.tree.norm(grads))
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, FrozenState, Batch], EvalSums]:
+    """The jitted evaluation of one [batch, seq] batch: (trainable, rng, frozen, batch) -> sums. Nothing is donated.
+
+    Args:
+        graphdef: of the same model in eval mode.
+    """
+
+    def evaluate(trainable: nnx.State, rng: nnx.State, frozen: FrozenState, batch: Batch) -> EvalSums:
+        model = nnx.merge(graphdef, trainable, rng, frozen.adapter, frozen.base)
+        logits, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
+        lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
+        return EvalSums(lm.mean * lm.counted_tokens, lm.counted_tokens, router_sums(router, batch.attention_mask))
+
+    return jax.jit(evaluate)
+
+
+def _losses(logits: jax.Array, router: Any, batch: Batch, config: MoeLoraConfig | None) -> tuple[Any, Any, Any]:
+    lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
+    if config is None:
+        return lm, jnp.zeros(()), jnp.zeros(())
+    balance = load_balancing_loss(router, config, batch.attention_mask)
+    return lm, balance, router_z_loss(router, batch.attention_mask)

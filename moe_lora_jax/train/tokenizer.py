@@ -1,0 +1,35 @@
+"""The tokenizer in a model directory, and the tokens that training and generation must agree on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from interop.errors import CheckpointError
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+    """The tokenizer in a model directory (transformers' AutoTokenizer, offline).
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if not any(Path(directory, name).is_file() for name in known):
+        raise CheckpointError(f"no tokenizer in {directory}", [f"expected {' or '.join(known)} beside config.json"])
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"cannot read the tokenizer in {directory}", [str(error)]) from error
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens of a prompt that is to be continued: with the special tokens in front, without an end token behind."""
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a text: those that the model's config states, and the one that training puts at the end."""
+    return sorted({*model.config.eos_token_id, tokenizer.eos_token_id} - {None})

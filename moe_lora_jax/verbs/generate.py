@@ -1,0 +1,73 @@
+"""`moe-lora generate`: continue a prompt in JAX, with or without an adapter."""
+
+from pathlib import Path
+from typing import Literal
+
+from interop.errors import ConfigError
+
+
+def generate(
+    model: Path,
+    prompt: str,
+    *,
+    adapter: Path | None = None,
+    dialect: str | None = None,
+    chat: bool = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    seed: int = 0,
+) -> None:
+    """Prints what the model says after the prompt.
+
+    Args:
+        model: Hugging Face model directory (config.json, safetensors, tokenizer).
+        prompt: the text to continue.
+        adapter: a mixture-of-LoRA adapter for this model, in any readable layout.
+        dialect: that layout's name; None detects it.
+        chat: pass the prompt as the user's message through the tokenizer's chat template.
+        max_new_tokens: the most tokens to add.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        top_k: sample among the k likeliest tokens.
+        top_p: sample among the likeliest tokens that together have this probability.
+        dtype: of the base model.
+        seed: of the sampling.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from moe_lora_jax.checkpoint import load_adapter
+    from moe_lora_jax.models import generate as decode
+    from moe_lora_jax.models import load_base_model
+    from moe_lora_jax.train.tokenizer import end_ids, load_tokenizer, prompt_ids
+
+    tokenizer = load_tokenizer(model)
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ConfigError("cannot chat", ["chat: the tokenizer has no chat template, expected a plain prompt"])
+        message = [{"role": "user", "content": prompt}]
+        rendered = tokenizer.apply_chat_template(message, tokenize=True, return_dict=True, add_generation_prompt=True)
+        ids = list(rendered["input_ids"])
+    else:
+        ids = prompt_ids(tokenizer, prompt)
+    if not ids:
+        raise ConfigError("nothing to continue", ["prompt: found no tokens, expected at least one"])
+    base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
+    if adapter is not None:
+        load_adapter(base, adapter, dialect=dialect)
+    try:
+        tokens = decode(
+            base,
+            jnp.asarray([ids], jnp.int32),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=end_ids(base, tokenizer),
+            key=jax.random.key(seed),
+        )
+    except ValueError as error:
+        raise ConfigError("invalid arguments", [str(error)]) from error
+    print(tokenizer.decode(tokens[0, len(ids) :].tolist(), skip_special_tokens=True))

@@ -1,0 +1,209 @@
+"""`moe-lora quickstart`: the whole way at once: a base model, a mixture trained on it, and the same logits in PEFT."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interop.config import MoeLoraConfig
+from interop.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moe_lora_jax.models import CausalLM
+    from moe_lora_jax.train.data import Example
+
+MARKER = ".made_by_quickstart"
+BATCH_SIZE = 16
+PRETRAINING_STEPS = 100
+QUESTIONS_PER_TOPIC = 300
+SENTENCES_PER_TOPIC = 400
+
+
+def quickstart(
+    output_dir: Path = Path("quickstart_output"),
+    *,
+    model: Path | None = None,
+    data: Path | None = None,
+    num_experts: int = 4,
+    top_k: int = 2,
+    steps: int = 120,
+    learning_rate: float = 5e-3,
+    max_length: int = 256,
+    seed: int = 0,
+) -> None:
+    """Trains a small mixture of LoRA experts, shows what its experts do, and loads it in PyTorch PEFT.
+
+    Offline and on a CPU, in under three minutes: the base model is a small Llama that is made on the spot. With --model
+    and --data the same happens on a real model and your own text.
+
+    Args:
+        output_dir: gets the folders base, data and adapter.
+        model: Hugging Face model directory, instead of the small one.
+        data: JSONL (text, or prompt and completion, or messages), instead of four made-up topics. A key "topic" in its
+            lines names the rows of the table of experts.
+        num_experts: experts per layer; at least 2.
+        top_k: experts used per token.
+        steps: of fine-tuning, with 16 examples each.
+        learning_rate: its peak.
+        max_length: tokens; longer examples are cut, and counted in the output.
+        seed: of everything.
+    """
+    if (model is None) != (data is None):
+        raise ConfigError("invalid arguments", ["model and data: found one, expected both or neither"])
+    if num_experts < 2:
+        raise ConfigError("invalid arguments", [f"num_experts: found {num_experts}, expected at least 2"])
+    config = MoeLoraConfig(
+        r=8, lora_alpha=16, num_experts=num_experts, top_k=top_k, target_modules="all-linear",
+        router_aux_loss_coef=0.01, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    _claim(output_dir)
+
+    from flax import nnx
+    from rich.console import Console
+
+    from moe_lora_jax.apply import apply_moe_lora
+    from moe_lora_jax.models import load_base_model
+    from moe_lora_jax.train.data import read_data, split_data
+    from moe_lora_jax.train.loop import train
+    from moe_lora_jax.train.settings import TrainSettings
+    from moe_lora_jax.train.tokenizer import load_tokenizer
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if model is None or data is None:
+        model, data = _make_base_and_data(output_dir, seed, console)
+    tokenizer = load_tokenizer(model)
+    base = load_base_model(model, dtype="float32")
+    examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
+    train_data, eval_data = split_data(examples, 0.1, seed)
+    console.print(f"fine-tuning on {train_data.describe()}; {len(eval_data.examples)} more are held out")
+
+    apply_moe_lora(base, config, rngs=nnx.Rngs(seed))
+    settings = TrainSettings(
+        steps=steps, batch_size=BATCH_SIZE, learning_rate=learning_rate, warmup_steps=steps // 20, seed=seed
+    )
+    pad_id = tokenizer.pad_token_id or 0
+    adapter = output_dir / "adapter"
+    result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad_id, console=console)
+    if not result.is_finished:
+        console.print(f"stopped after step {result.step} of {result.total_steps}")
+        return
+    before, after = result.eval_losses[0], result.eval_losses[result.step]
+    console.print(f"loss on held-out examples: {before:.3f} before, {after:.3f} after {steps} steps")
+    topics = _by_topic(data, eval_data.examples)
+    _show_answers(base, tokenizer, topics, console)
+    _show_experts(base, topics, pad_id, console)
+    console.print(f"saved in {adapter}")
+    _compare_with_peft(base, model, adapter, eval_data.examples, pad_id, console)
+
+
+def _claim(output_dir: Path) -> None:
+    """An empty directory, or one that a quickstart made, which is then cleared."""
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
+        raise CheckpointError("would overwrite", [f"{output_dir}: not empty and not from quickstart; choose another"])
+    for part in ("base", "data", "adapter"):
+        shutil.rmtree(output_dir / part, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MARKER).touch()
+
+
+def _make_base_and_data(output_dir: Path, seed: int, console: "Console") -> tuple[Path, Path]:
+    from moe_lora_jax.data.topics import questions, sentences
+    from moe_lora_jax.train.progress import progress_bar
+    from moe_lora_jax.verbs.small_base import make_small_base
+
+    base, data = output_dir / "base", output_dir / "data" / "topics.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(q._asdict()) + "\n" for q in questions(QUESTIONS_PER_TOPIC, seed)), "utf-8")
+    texts, steps = sentences(SENTENCES_PER_TOPIC, seed), PRETRAINING_STEPS
+    console.print(f"making a small Llama in {base}: a tokenizer and {steps} training steps on plain sentences")
+    with progress_bar(console, steps, 0) as show:
+        loss = make_small_base(base, texts, vocab_size=512, steps=steps, seed=seed, show=show)
+    console.print(f"its loss on those: {loss:.3f}")
+    return base, data
+
+
+def _by_topic(data: Path, examples: "Sequence[Example]") -> "dict[str, list[Example]]":
+    """The examples by the key "topic" of their lines; "all" where there is none."""
+    lines = data.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    topics: dict[str, list[Any]] = {}
+    for example in sorted(examples, key=lambda e: e.line):
+        topics.setdefault(str(json.loads(lines[example.line - 1]).get("topic", "all")), []).append(example)
+    return topics
+
+
+def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, list[Example]]", console: "Console") -> None:
+    """What the model now says to the first held-out prompt of each topic; nothing where there are no prompts."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from moe_lora_jax.models import generate
+    from moe_lora_jax.train.tokenizer import end_ids
+
+    prompts = [e.ids[: e.counted.argmax()] for examples in topics.values() for e in examples[:1] if not e.counted[0]]
+    if not prompts:
+        return
+    ids = np.zeros((len(prompts), max(len(p) for p in prompts)), np.int32)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+    tokens = generate(
+        model, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=48, eos_token_id=end_ids(model, tokenizer)
+    )
+    console.print("held-out prompts and what the model now says:")
+    for prompt, answer in zip(prompts, tokens[:, ids.shape[1] :].tolist(), strict=True):
+        for mark, part in (("  > ", prompt.tolist()), ("    ", answer)):
+            console.print(mark + " ".join(tokenizer.decode(part, skip_special_tokens=True).split()))
+
+
+def _show_experts(model: "CausalLM", topics: "dict[str, list[Example]]", pad_id: int, console: "Console") -> None:
+    from moe_lora_jax.verbs.expert_table import expert_table, gate_shares, topic_information
+
+    shares = gate_shares(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id)
+    best = max(shares, key=lambda module: topic_information(shares[module]))
+    console.print(expert_table(best, list(topics), shares[best]))
+    if len(topics) > 1:
+        bits = topic_information(shares[best])
+        console.print(
+            f"(of {len(shares)} routers the one that tells topics apart best, {bits:.2f} bits per token; "
+            "* marks the expert that a topic uses most)"
+        )
+
+
+def _has_peft() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "peft"))
+
+
+def _compare_with_peft(
+    model: "CausalLM", base: Path, adapter: Path, examples: "Sequence[Example]", pad_id: int, console: "Console"
+) -> None:
+    """Runs peft_check.py in another process, because nothing here may import torch."""
+    if not _has_peft():
+        console.print("to load it in PyTorch: pip install 'moe-lora-jax[torch]', then see the README.md beside it")
+        return
+    import numpy as np
+
+    from moe_lora_jax.train.batches import eval_batches
+
+    batch = next(eval_batches(examples[:8], batch_size=min(8, len(examples)), pad_id=pad_id)).batch
+    logits = np.asarray(model(batch.input_ids, attention_mask=batch.attention_mask))
+    script = Path(__file__).with_name("peft_check.py")
+    with tempfile.TemporaryDirectory() as scratch:
+        expected = Path(scratch, "expected.npz")
+        np.savez(expected, input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits=logits)
+        command = [sys.executable, "-P", str(script), str(base), str(adapter), str(expected)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CheckpointError("PEFT could not load the adapter", [last])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    console.print(
+        f"reloaded in PyTorch with PEFT: largest logit difference {found['largest_difference']:.1e} "
+        f"(logits up to {found['largest_logit']:.1f})"
+    )

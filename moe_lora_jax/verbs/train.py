@@ -1,0 +1,185 @@
+"""`moe-lora train`: fine-tune a mixture-of-LoRA adapter on a Hugging Face model directory."""
+
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import interop
+from interop.config import MoeLoraConfig
+from interop.errors import ConfigError
+from interop.files import read_json
+from moe_lora_jax.train.settings import TrainSettings
+
+
+def train(
+    model: Path,
+    data: Path,
+    output_dir: Path,
+    *,
+    r: int | list[int] = MoeLoraConfig.r,
+    lora_alpha: float | list[float] = MoeLoraConfig.lora_alpha,
+    num_experts: int = MoeLoraConfig.num_experts,
+    top_k: int | None = MoeLoraConfig.top_k,
+    target_modules: tuple[str, ...] = ("all-linear",),
+    lora_dropout: float = MoeLoraConfig.lora_dropout,
+    router_aux_loss_coef: float = MoeLoraConfig.router_aux_loss_coef,
+    router_z_loss_coef: float = MoeLoraConfig.router_z_loss_coef,
+    adapter_config: Path | None = None,
+    init_adapter: Path | None = None,
+    init_dialect: str | None = None,
+    epochs: int = TrainSettings.epochs,
+    steps: int | None = TrainSettings.steps,
+    batch_size: int = TrainSettings.batch_size,
+    gradient_accumulation: int = TrainSettings.gradient_accumulation,
+    learning_rate: float = TrainSettings.learning_rate,
+    warmup_steps: int = TrainSettings.warmup_steps,
+    weight_decay: float = TrainSettings.weight_decay,
+    max_grad_norm: float | None = TrainSettings.max_grad_norm,
+    train_only: Literal["all", "router", "experts"] = TrainSettings.train_only,
+    max_length: int = 512,
+    eval_file: Path | None = None,
+    eval_fraction: float = 0.0,
+    eval_every: int | None = TrainSettings.eval_every,
+    checkpoint_every: int | None = TrainSettings.checkpoint_every,
+    keep_checkpoints: int = TrainSettings.keep_checkpoints,
+    log_every: int = TrainSettings.log_every,
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    seed: int = TrainSettings.seed,
+    resume: bool = TrainSettings.resume,
+) -> None:
+    """Trains an adapter and writes it where PEFT and moe-lora can read it.
+
+    OUTPUT_DIR gets the adapter (adapter_config.json, adapter_model.safetensors) and a folder `training` with metrics
+    and checkpoints. SIGTERM or Ctrl-C saves a checkpoint; --resume continues from it as if nothing had happened.
+
+    Args:
+        model: Hugging Face model directory (config.json, safetensors, tokenizer).
+        data: JSONL; each line has text, or prompt and completion, or messages.
+        output_dir: where the adapter and the run go.
+        r: rank of one expert, or one rank per expert.
+        lora_alpha: the scaling is lora_alpha / r; one number, or one per expert.
+        num_experts: experts per target module.
+        top_k: experts used per token; None uses all.
+        target_modules: names of linear layers, or all-linear (all but lm_head).
+        lora_dropout: dropout on the experts' input.
+        router_aux_loss_coef: weight of the load-balancing loss.
+        router_z_loss_coef: weight of the router z-loss.
+        adapter_config: JSON with any fields of adapter_config.json, for those that have no flag.
+        init_adapter: continue from this adapter (any readable layout); it brings its own config.
+        init_dialect: that layout's name; None detects it.
+        epochs: passes over the data.
+        steps: optimizer steps, instead of epochs.
+        batch_size: rows per forward pass.
+        gradient_accumulation: forward passes per optimizer step.
+        learning_rate: peak; linear warm-up, cosine decay to 0.
+        warmup_steps: steps of warm-up.
+        weight_decay: of AdamW.
+        max_grad_norm: clip the gradient's global norm; None does not.
+        train_only: train all of the adapter, or only its routers or its experts.
+        max_length: tokens; longer examples are cut, and counted in the output.
+        eval_file: JSONL to evaluate on.
+        eval_fraction: or evaluate on this part of the data, which is then not trained on.
+        eval_every: steps between evaluations; None evaluates before and after.
+        checkpoint_every: steps between checkpoints; None writes one at the end.
+        keep_checkpoints: how many to keep.
+        log_every: steps between lines of training/metrics.jsonl.
+        dtype: of the base model.
+        seed: of the initial adapter, dropout and data order.
+        resume: continue the run in output_dir.
+    """
+    values = dict(locals())
+    settings = TrainSettings(**{f.name: values[f.name] for f in dataclasses.fields(TrainSettings)})
+    problems = []
+    if not 0 <= eval_fraction < 1:
+        problems.append(f"eval_fraction: found {eval_fraction}, expected a number in [0, 1)")
+    if eval_fraction and eval_file is not None:
+        problems.append("eval_fraction and eval_file: found both, expected at most one")
+    if max_length < 2:
+        problems.append(f"max_length: found {max_length}, expected an integer >= 2")
+    if problems:
+        raise ConfigError("invalid arguments", problems)
+    fields = _adapter_fields(values)
+    config = MoeLoraConfig.from_dict(fields) if init_adapter is None else None
+
+    from flax import nnx
+
+    from moe_lora_jax.apply import apply_moe_lora
+    from moe_lora_jax.checkpoint import load_adapter
+    from moe_lora_jax.models import load_base_model
+    from moe_lora_jax.train.data import read_data, split_data
+    from moe_lora_jax.train.loop import train as run
+    from moe_lora_jax.train.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
+    vocabulary = base.config.vocab_size
+    train_data = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary)
+    eval_data = None
+    if eval_file is not None:
+        eval_data = read_data(eval_file, tokenizer, max_length=max_length, vocab_size=vocabulary)
+    elif eval_fraction:
+        train_data, eval_data = split_data(train_data, eval_fraction, seed)
+    print(train_data.describe())
+    if eval_data is not None:
+        print(f"evaluation: {eval_data.describe()}")
+
+    if config is not None:
+        apply_moe_lora(base, config, rngs=nnx.Rngs(seed))
+    else:
+        assert init_adapter is not None
+        start = interop.read(init_adapter, init_dialect)
+        start = dataclasses.replace(start, config=dataclasses.replace(start.config, **fields))
+        load_adapter(base, start, rngs=nnx.Rngs(seed))
+    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=tokenizer.pad_token_id or 0)
+
+    if not result.is_finished:
+        print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
+        print(f"  {_resume_command()}")
+        return
+    if result.losses:
+        first, last = min(result.losses), max(result.losses)
+        print(f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})")
+    if result.eval_losses:
+        first, last = min(result.eval_losses), max(result.eval_losses)
+        print(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
+    print(f"adapter saved in {output_dir}")
+
+
+# The flags that describe the adapter; those that matter in training only may change what an initial adapter brings.
+TRAINING_FLAGS = ("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef")
+ADAPTER_FLAGS = ("r", "lora_alpha", "num_experts", "top_k", "target_modules", *TRAINING_FLAGS)
+
+
+def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The config's fields from the flags and the file; beside init_adapter, those that replace what it brings.
+
+    Raises:
+        ConfigError: the same field in a flag and in the file, or a field that is init_adapter's to say.
+    """
+    defaults = {f: getattr(MoeLoraConfig, f) for f in ADAPTER_FLAGS} | {"target_modules": ("all-linear",)}
+    given = [f for f in ADAPTER_FLAGS if values[f] != defaults[f]]
+    file = values["adapter_config"]
+    if values["init_adapter"] is not None:
+        wrong = [f for f in given if f not in TRAINING_FLAGS] + (["adapter_config"] if file is not None else [])
+        if wrong:
+            raise ConfigError("init_adapter brings its own config", [f"{f}: found beside init_adapter" for f in wrong])
+        return {f: values[f] for f in given}
+    from_file = read_json(file) if file is not None else {}
+    both = [f"{f}: found as a flag and in {file}" for f in given if f in from_file]
+    if both:
+        raise ConfigError("expected each field once", both)
+    flags = {f: values[f] for f in ADAPTER_FLAGS}
+    targets = list(values["target_modules"])
+    flags["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
+    fixed = {"base_model_name_or_path": str(values["model"]), "task_type": "CAUSAL_LM"}
+    return {"format_version": MoeLoraConfig.format_version, **fixed, **flags, **from_file}
+
+
+def _resume_command() -> str:
+    """The command that was given, with --resume."""
+    program = os.path.basename(sys.argv[0])
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    return shlex.join([program, *arguments, "--resume"])

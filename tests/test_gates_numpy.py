@@ -1,0 +1,73 @@
+"""The plain numpy gates against the JAX ones, and the gates of tasks."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import interop
+from interop.gates import compute_gates, task_gates
+from moe_lora_jax.gating import Gating
+from moe_lora_jax.gating import compute_gates as jax_gates
+from tests.adapters import make_adapter
+from tests.peers_data import Peer
+
+RULES = st.fixed_dictionaries(
+    {
+        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid"]),
+        "select": st.sampled_from([{}, {"top_k": 1}, {"top_k": 3}, {"threshold": 0.3}, {"threshold": 0.9}]),
+        "adaptive_threshold": st.booleans(),
+        "norm_topk_prob": st.booleans(),
+        "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(RULES, st.integers(0, 2**32 - 1))
+def test_numpy_and_jax_gates_are_equal(rule, seed):
+    select = rule.pop("select")
+    rule["adaptive_threshold"] &= "threshold" in select
+    if not select and rule["scoring_func"] != "sigmoid":
+        rule["norm_topk_prob"] = True
+    config = interop.MoeLoraConfig(num_experts=4, **rule, **select)
+    rng = np.random.default_rng(seed)
+    z = rng.integers(-3, 4, (7, 4)).astype(np.float32)  # with ties
+    tau = rng.uniform(0, 0.6, (7, 1)).astype(np.float32) if config.adaptive_threshold else config.threshold
+    found = compute_gates(z, config, config.top_k, tau)
+    expected = jax_gates(jnp.asarray(z), Gating.of(config, config.for_module("x")), tau)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_formula_by_hand():
+    config = interop.MoeLoraConfig(num_experts=3, top_k=2)
+    weights = np.exp([2.0, 1.0])
+    expected = [weights[0] / weights.sum(), 0, weights[1] / weights.sum()]
+    np.testing.assert_allclose(compute_gates(np.array([2.0, -1.0, 1.0]), config, 2), expected)
+    assert np.isfinite(compute_gates(np.array([1e4, -1e4, 0.0]), config, None)).all()
+
+
+def test_a_task_needs_an_adapter_that_routes_by_task():
+    with pytest.raises(interop.ConfigError, match="the gates depend on the input"):
+        task_gates(make_adapter(), [0])
+
+
+def test_task_ids_must_be_in_the_table():
+    peer = Peer("poly/poly")
+    adapter = interop.read(peer.directory, **peer.options)
+    tasks = adapter.config.num_tasks
+    with pytest.raises(interop.ConfigError) as error:
+        task_gates(adapter, [-1, tasks])
+    assert error.value.problems == tuple(f"task: found {i}, expected an id from 0 to {tasks - 1}" for i in (-1, tasks))
+    with pytest.raises(interop.ConfigError, match="found no id"):
+        task_gates(adapter, [])
+
+
+def test_ids_that_all_mean_none_give_a_zero_row():
+    peer = Peer("moelora/adapter")
+    adapter = interop.read(peer.directory, **peer.options)
+    gates = task_gates(adapter, [0, 0])
+    experts = adapter.config.num_experts
+    assert gates.keys() == set(adapter.modules)
+    np.testing.assert_allclose(gates[adapter.modules[0]], np.full((1, experts), 1 / experts))

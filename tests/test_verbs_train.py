@@ -1,0 +1,160 @@
+"""`moe-lora train` through its arguments, on a model directory."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tyro
+from tiny_training import compiled_once, small_dirs  # noqa: F401
+
+import interop
+from interop.errors import CheckpointError, ConfigError
+from moe_lora_jax.data.topics import TOPICS, in_words, questions, sentences
+from moe_lora_jax.verbs.train import train
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+SMALL = {"batch_size": 2, "max_length": 100, "r": 2, "target_modules": ("q_proj", "v_proj")}
+
+
+@pytest.fixture(scope="module")
+def base(small_dirs) -> Path:  # noqa: F811
+    return small_dirs["base"]
+
+
+@pytest.fixture(scope="module")
+def data(small_dirs) -> Path:  # noqa: F811
+    return small_dirs["data"]
+
+
+def test_the_command_line_trains_and_saves(base, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    line = (
+        f"--model {base} --data {data} --output-dir {out} --steps 3 --batch-size 2 --max-length 100 --r 2 "
+        "--num-experts 3 --top-k 2 --target-modules q_proj down_proj --eval-fraction 0.2 --eval-every 2 "
+        "--checkpoint-every 2 --router-aux-loss-coef 0.01 --learning-rate 1e-2 --warmup-steps 1 "
+        "--weight-decay 0.1 --train-only all"
+    )
+    assert tyro.cli(train, args=line.split()) is None
+    printed = capsys.readouterr().out
+    assert "16 examples" in printed and "evaluation: " in printed and "4 examples" in printed
+    assert f"adapter saved in {out}" in printed
+    config = interop.read(out).config
+    assert (config.r, config.num_experts, config.top_k) == (2, 3, 2)
+    assert config.base_model_name_or_path == str(base) and config.task_type == "CAUSAL_LM"
+    assert {m.rsplit(".")[-1] for m in config.target_modules} == {"q_proj", "down_proj"}
+    records = [json.loads(x) for x in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 2, 3]
+
+
+def test_truncation_is_printed(base, data, tmp_path, capsys):
+    train(base, data, tmp_path / "out", steps=1, **{**SMALL, "max_length": 70})
+    assert "cut at max_length (lines" in capsys.readouterr().out
+
+
+def test_an_eval_file(base, data, tmp_path, capsys):
+    train(base, data, tmp_path / "out", steps=1, eval_file=data, **SMALL)
+    assert "evaluation loss" in capsys.readouterr().out
+
+
+def test_training_continues_from_an_adapter(base, data, tmp_path):
+    train(base, data, tmp_path / "one", steps=2, num_experts=3, **SMALL)
+    train(base, data, tmp_path / "two", steps=1, learning_rate=1e-12, init_adapter=tmp_path / "one",
+          batch_size=2, max_length=100, router_aux_loss_coef=0.5)  # fmt: skip
+    one, two = interop.read(tmp_path / "one"), interop.read(tmp_path / "two")
+    assert two.config.num_experts == 3 and two.config.router_aux_loss_coef == 0.5
+    for key, tensor in one.tensors.items():
+        assert abs(two.tensors[key] - tensor).max() < 1e-9
+    with pytest.raises(ConfigError) as caught:
+        train(base, data, tmp_path / "three", init_adapter=tmp_path / "one", r=5, adapter_config=tmp_path / "x")
+    assert caught.value.problems == ("r: found beside init_adapter", "adapter_config: found beside init_adapter")
+
+
+def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
+    file = tmp_path / "fields.json"
+    file.write_text(json.dumps({"rank_pattern": {"v_proj": 3}, "scoring_func": "sigmoid"}))
+    train(base, data, tmp_path / "out", steps=1, adapter_config=file, **SMALL)
+    config = interop.read(tmp_path / "out").config
+    assert config.rank_pattern == {"v_proj": 3} and config.scoring_func == "sigmoid" and config.r == 2
+    file.write_text(json.dumps({"r": 3, "top_q": 1}))
+    with pytest.raises(ConfigError, match="r: found as a flag and in"):
+        train(base, data, tmp_path / "out2", adapter_config=file, **SMALL)
+    with pytest.raises(ConfigError, match="top_q: unknown field"):
+        train(base, data, tmp_path / "out2", adapter_config=file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"eval_fraction": 1.0}, "eval_fraction: found 1.0"),
+        ({"eval_fraction": 0.1, "eval_file": Path("x")}, "eval_fraction and eval_file: found both"),
+        ({"max_length": 1}, "max_length: found 1"),
+        ({"steps": 0}, "steps: found 0"),
+        ({"top_k": 9}, "top_k: found 9, expected at most num_experts = 4"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, arguments, expected):
+    with pytest.raises(ConfigError, match=expected):
+        train(tmp_path / "no_model", tmp_path / "no_data", tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_a_clear_error(base, data, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": 1}\n')
+    with pytest.raises(CheckpointError, match=r"bad.jsonl:2: text: found int"):
+        train(base, bad, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no tokenizer in"):
+        train(tmp_path, data, tmp_path / "out")
+    with pytest.raises(ConfigError, match="did you mean q_proj"):
+        train(base, data, tmp_path / "out", target_modules=("q_pro",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_saves_and_the_printed_command_continues(base, data, tmp_path):
+    """In a process of its own, as a batch system would do it."""
+    run = "import sys, tyro; from moe_lora_jax.verbs.train import train; tyro.cli(train, args=sys.argv[1:])"
+    out = tmp_path / "out"
+    arguments = shlex.split(
+        f"--model {base} --data {data} --output-dir {out} --steps 4000 --batch-size 2 --max-length 100 --r 2 "
+        "--target-modules q_proj --log-every 1"
+    )
+    command = [sys.executable, "-c", run, *arguments]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        metrics = out / "training" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped after step" in printed and "of 4000; the checkpoint is saved" in printed
+    last = printed.strip().splitlines()[-1].strip()
+    assert last == shlex.join(["-c", *arguments, "--resume"])
+    step = int(printed.split("stopped after step ")[1].split(" ")[0])
+    assert (out / "training" / "checkpoints" / str(step)).is_dir()
+    assert "%" not in errors and "Traceback" not in errors
+
+
+def test_the_made_up_texts_are_distinct_and_repeatable():
+    made = questions(20, 0)
+    assert made == questions(20, 0) != questions(20, 1)
+    assert len(set(made)) == len(made) == 20 * len(TOPICS)
+    assert len(set(sentences(20, 0))) == 20 * len(TOPICS)
+    with pytest.raises(ValueError, match="fewer than"):
+        questions(10_000, 0)
+
+
+def test_made_up_sums_are_right():
+    numbers = {in_words(n): n for n in range(100)}
+    assert len(numbers) == 100
+    for q in (q for q in questions(50, 3) if q.topic == "arithmetic"):
+        left, result = q.completion.strip(" .").split(" is ")
+        a, op, b = left.replace(" plus ", "|plus|").replace(" minus ", "|minus|").split("|")
+        assert numbers[result] == (numbers[a] + numbers[b] if op == "plus" else numbers[a] - numbers[b])
