@@ -5,6 +5,7 @@ from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
 from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
 from moe_lora_jax.combine import combine
 from moe_lora_jax.experts import MoeLoraParam
+from moe_lora_jax.filters import experts_only, router_only
 from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.router import Router, RouterOutput
@@ -18,10 +19,12 @@ __all__ = [
     "RouterOutput",
     "apply_moe_lora",
     "combine",
+    "experts_only",
     "generate",
     "load_adapter",
     "load_base_model",
     "remove_moe_lora",
+    "router_only",
     "save_pretrained",
     "to_adapter",
 ]

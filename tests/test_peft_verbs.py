@@ -517,7 +517,10 @@ def test_adapter_names_that_peft_would_confuse(name, message, first):
         ({"target_modules": "nothing"}, "'nothing': no linear layer of this name"),
         ({"top_k": 2, "num_experts_pattern": {"q_proj": 2}, "top_k_pattern": {"q_proj": 3}}, "q_proj: top_k is 3"),
         ({"r": [1, 2, 3], "num_experts_pattern": {"q_proj": 2}}, "q_proj: r has 3 entries, expected one number or 2"),
-        ({"scope": "ffn"}, "self_attn: found the layers .*, expected several, exactly one of which has the block's output"),
+        (
+            {"scope": "ffn"},
+            "self_attn: found the layers .*, expected several, exactly one of which has the block's output",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_the_model_change_nothing(fields, message):

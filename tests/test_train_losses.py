@@ -196,3 +196,40 @@ def test_the_scaling_factor_is_not_a_matter_of_balance():
 def test_without_routers_both_are_zero():
     assert load_balancing_loss({}, config_of(num_experts=1)) == 0
     assert router_z_loss({}) == 0
+
+
+def test_the_pooled_loss_is_transformers_over_several_layers():
+    torch = pytest.importorskip("torch", reason="the independent truth is transformers' function")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    router = {f"m{i}": RouterOutput(jnp.asarray(z), jax.nn.softmax(z)) for i, z in enumerate(logits)}
+    config = MoeLoraConfig(num_experts=4, top_k=2, router_aux_loss="mixtral")
+    expected = load_balancing_loss_func(tuple(torch.tensor(z.reshape(-1, 4)) for z in logits), 4, 2, torch.tensor(mask))
+    np.testing.assert_allclose(load_balancing_loss(router, config, jnp.asarray(mask)), float(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_localized_loss_is_loramoes_formula(masked):
+    gates = rng.dirichlet(np.ones(4), size=(2, 3, 5)).astype(np.float32)  # two modules, three samples
+    mask = rng.integers(0, 2, (3, 5)) | (np.arange(5) == 0) if masked else np.ones((3, 5), int)
+    types, delta = np.array([1, 0, 1]), 0.25
+    expected = []
+    for module in gates:
+        weighted = []
+        for sample, kind, real in zip(module, types, mask, strict=True):
+            for expert in range(4):
+                agrees = (kind == 1 and expert < 2) or (kind == 0 and expert >= 2)
+                weighted.append((1 + delta if agrees else 1 - delta) * (sample[:, expert] * real).sum())
+        expected.append(np.var(weighted, ddof=1) / (np.mean(weighted) ** 2 + 1e-10))
+    router = {f"m{i}": RouterOutput(jnp.zeros(g.shape), jnp.asarray(g)) for i, g in enumerate(gates)}
+    config = MoeLoraConfig(num_experts=4, router_aux_loss="localized", router_aux_loss_delta=delta)
+    found = load_balancing_loss(router, config, jnp.asarray(mask), task_types=jnp.asarray(types))
+    np.testing.assert_allclose(found, np.mean(expected), rtol=1e-5)
+
+
+def test_the_localized_loss_needs_types():
+    router = {"m": RouterOutput(jnp.zeros((1, 2, 2)), jnp.ones((1, 2, 2)) / 2)}
+    with pytest.raises(ValueError, match="needs task_types"):
+        load_balancing_loss(router, MoeLoraConfig(num_experts=2, router_aux_loss="localized"))

@@ -12,7 +12,7 @@ from tiny_training import MODULES, arrays, compiled_once, tiny_base, tiny_model,
 
 import moe_lora_jax as mlj
 from moe_lora_jax.train.batches import collate
-from moe_lora_jax.train.filters import PARTS, experts_only, router_only
+from moe_lora_jax.filters import PARTS, experts_only, router_only
 from moe_lora_jax.train.optimizer import adamw
 from moe_lora_jax.train.step import Batch, make_eval_step, make_train_step, merge_back, split_model
 

@@ -31,13 +31,15 @@ _extend_peft_type()  # before the config is imported: it names the member
 
 from interop.peft_tuner.config import MoeLoraConfig  # noqa: E402
 from interop.peft_tuner.gating import Routing  # noqa: E402
-from interop.peft_tuner.layer import Linear, MoeLoraLayer  # noqa: E402
+from interop.peft_tuner.layer import Linear  # noqa: E402
 from interop.peft_tuner.losses import moe_lora_aux_loss  # noqa: E402
 from interop.peft_tuner.model import MoeLoraModel  # noqa: E402
+from interop.peft_tuner.router import MoeLoraLayer  # noqa: E402
+from interop.peft_tuner.task_routing import task_routing  # noqa: E402
 
 if PeftType(PEFT_TYPE) not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(
         name=PEFT_TYPE.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel, prefix=MoeLoraModel.prefix
     )
 
-__all__ = ["Linear", "MoeLoraConfig", "MoeLoraLayer", "MoeLoraModel", "Routing", "moe_lora_aux_loss"]
+__all__ = ["Linear", "MoeLoraConfig", "MoeLoraLayer", "MoeLoraModel", "Routing", "moe_lora_aux_loss", "task_routing"]

@@ -14,11 +14,11 @@ from rich.console import Console
 
 from interop.config import MoeLoraConfig
 from moe_lora_jax.checkpoint import save_pretrained
+from moe_lora_jax.filters import PARTS
 from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData
 from moe_lora_jax.train.errors import TrainingError
-from moe_lora_jax.train.filters import PARTS
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary, warn_of_routers_that_cannot_learn
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
 from moe_lora_jax.train.progress import progress_bar, stop_signals

@@ -39,39 +39,78 @@ def next_token_loss(logits: jax.Array, input_ids: jax.Array, loss_mask: jax.Arra
 
 
 def load_balancing_loss(
-    router: Mapping[str, RouterOutput], config: MoeLoraConfig, attention_mask: jax.Array | None = None
+    router: Mapping[str, RouterOutput],
+    config: MoeLoraConfig,
+    attention_mask: jax.Array | None = None,
+    task_types: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean over the routed modules of L_m = E sum_e f_e P_e: 1 (times k for top-k) when experts are used equally.
+    """The balancing loss that `config.router_aux_loss` names, without its coefficient.
 
-    P_e is the mean over real tokens of the router's probability of e: softmax(z), or the scores divided by their sum.
-    With top-k, f_e is (tokens that choose e) / tokens, so sum_e f_e = k, exactly as in Mixtral (transformers'
-    `load_balancing_loss_func`, for one layer: it pools the layers' tokens where this takes the mean of the layers);
-    only P carries gradient. With dense or threshold routing f_e is the mean gate (before routed_scaling_factor), which
-    carries gradient too.
-    Source: Switch Transformer, arXiv:2101.03961, eq. 4-6.
+    P_e is the mean over real tokens of the router's probability of expert e: softmax(z), or the scores divided by their
+    sum. With top-k, f_e is (tokens that choose e) / tokens, so sum_e f_e = k, and only P carries gradient; with dense
+    or threshold routing f_e is the mean gate (before routed_scaling_factor), which carries gradient too.
+
+        switch      mean over modules of E sum_e f_e P_e: 1 (times k for top-k) when experts are used equally
+                    (Switch Transformer, arXiv:2101.03961, eq. 4-6)
+        mixtral     E sum_e mean_m(f_e) mean_m(P_e): the tokens of all modules pooled, as transformers does
+        localized   mean over modules of var(Q Z) / (mean(Q Z)^2 + 1e-10), Q[b, e] = sum of gates over the real tokens
+                    of sample b, Z = 1 + delta where type 1 meets the first half of the experts or type 0 the second,
+                    else 1 - delta; var unbiased (LoRAMoE, arXiv:2312.09979, peft/tuners/lora.py)
 
     Args:
         router: {module path: RouterOutput, both fields [batch, seq, expert] or [batch, seq, split, expert]}, from
             `model(..., return_router=True)`.
-        config: the model's adapter config, for each module's top_k and the scoring function.
+        config: the model's adapter config.
         attention_mask: [batch, seq], nonzero for real tokens; None counts all.
+        task_types: [batch] of 0 and 1, for the localized loss.
 
     Returns:
         A scalar, fp32; 0 when no module has a router.
+
+    Raises:
+        ValueError: a localized loss without task_types.
     """
-    losses = []
-    for module, (logits, gates) in router.items():
-        top_k = config.for_module(module).top_k
-        z = jnp.abs(logits) if config.scoring_func == "abs_softmax" else logits
-        score = jax.nn.sigmoid(z) if config.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
-        probability = _token_mean(score / jnp.sum(score, axis=-1, keepdims=True), attention_mask)
-        if top_k is None:
-            chosen = gates / config.routed_scaling_factor
-        else:
-            chosen = jnp.any(top_k_slots(z, top_k), axis=-2).astype(jnp.float32)
-        balance = jnp.sum(_token_mean(chosen, attention_mask) * probability, axis=-1)
-        losses.append(logits.shape[-1] * jnp.mean(balance))  # the mean over splits, where there are any
-    return _mean(losses)
+    if not router:
+        return jnp.zeros((), jnp.float32)
+    if config.router_aux_loss == "localized":
+        if task_types is None:
+            raise ValueError("router_aux_loss localized needs task_types: 0 or 1 for every sample of the batch")
+        return _mean([_localized(gates, config, attention_mask, task_types) for _, gates in router.values()])
+    shares = [_share_and_probability(module, out, config, attention_mask) for module, out in router.items()]
+    if config.router_aux_loss == "mixtral":
+        share, probability = (jnp.mean(jnp.stack(parts), axis=0) for parts in zip(*shares, strict=True))
+        shares = [(share, probability)]
+    # the mean over splits, where there are any
+    return _mean([p.shape[-1] * jnp.mean(jnp.sum(f * p, axis=-1)) for f, p in shares])
+
+
+def _share_and_probability(
+    module: str, out: RouterOutput, config: MoeLoraConfig, attention_mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """f and P of one module, [..., expert]."""
+    top_k = config.for_module(module).top_k
+    z = jnp.abs(out.logits) if config.scoring_func == "abs_softmax" else out.logits
+    score = jax.nn.sigmoid(z) if config.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
+    if top_k is None:
+        chosen = out.gates / config.routed_scaling_factor
+    else:
+        chosen = jnp.any(top_k_slots(z, top_k), axis=-2).astype(jnp.float32)
+    probability = score / jnp.sum(score, axis=-1, keepdims=True)
+    return _token_mean(chosen, attention_mask), _token_mean(probability, attention_mask)
+
+
+def _localized(
+    gates: jax.Array, config: MoeLoraConfig, attention_mask: jax.Array | None, task_types: jax.Array
+) -> jax.Array:
+    if gates.ndim == 4:
+        gates = jnp.mean(gates, axis=2)
+    real = jnp.ones(gates.shape[:2]) if attention_mask is None else (attention_mask > 0).astype(jnp.float32)
+    use = jnp.einsum("bse,bs->be", gates / config.routed_scaling_factor, real)
+    first_half = jnp.arange(gates.shape[-1]) < gates.shape[-1] // 2
+    wanted = first_half[None, :] == (jnp.asarray(task_types)[:, None] == 1)
+    delta = config.router_aux_loss_delta
+    weighted = use * jnp.where(wanted, 1.0 + delta, 1.0 - delta)
+    return jnp.var(weighted, ddof=1) / (jnp.mean(weighted) ** 2 + 1e-10)
 
 
 def router_z_loss(router: Mapping[str, RouterOutput], attention_mask: jax.Array | None = None) -> jax.Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from interop.errors import ConfigError
-from moe_lora_jax.train.filters import Part
+from moe_lora_jax.filters import Part
 
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
 FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "resume")
