@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench peft-suite peft-suite-quick zero3 clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
@@ -23,6 +23,22 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	touch $@
+
+# PEFT's own tests, run against this method
+peft-suite: .venv/installed
+	$(BIN)/python tools/peft_suite.py
+
+peft-suite-quick: .venv/installed
+	$(BIN)/python tools/peft_suite.py --quick
+
+# DeepSpeed is no dependency of the tests: this installs it beside them and runs its one
+zero3: .venv/installed
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
+		deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
+	PYTHONPATH=build/deepspeed DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/test_trainers.py -k zero3
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.layer
 
 clean:
 	rm -rf .venv quickstart_output build dist *.egg-info
