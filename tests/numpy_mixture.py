@@ -85,7 +85,7 @@ class NumpyMixture:
         return sum(gates[0][e] * s * b[e] @ (a[min(e, len(a) - 1)] @ x) for e, s in enumerate(scalings))
 
     def _expert_weight(self, path: str, expert: int) -> np.ndarray:
-        """W0 + s_e B_e A_e; a layer that is no target is W0 for every expert, a plain LoRA is the same for every one."""
+        """W0 + s_e B_e A_e; a layer that is no target is W0 for every expert, a plain LoRA has one for all."""
         w = self.weights[f"{path}.weight"]
         if path not in self.modules:
             return w

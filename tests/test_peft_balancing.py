@@ -5,8 +5,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_scopes import FIELDS, out, tiny_llama, wrapped
-from test_peft_support import THIRD_PARTY_WARNINGS, config, input_ids
+from test_peft_support import FIELDS, THIRD_PARTY_WARNINGS, config, input_ids, out, tiny_llama, wrapped
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import interop

@@ -69,8 +69,7 @@ def test_loaded_and_saved_again_it_is_the_same_adapter(peer, native, tmp_path, l
 
 @with_logits
 def test_five_training_steps_lower_the_loss(peer, native):
-    model = peft.PeftModel.from_pretrained(base(peer), native(peer), is_trainable=True).train()
-    torch.manual_seed(0)  # dropout
+    model = peft.PeftModel.from_pretrained(base(peer), native(peer), is_trainable=True).eval()  # without dropout
     ids = torch.tensor(peer.reference["input_ids"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-2)

@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import peft
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 import interop.peft_tuner as tuner
@@ -104,3 +106,51 @@ def gates_by_hand(z: np.ndarray, c: MoeLoraConfig, top_k: int | None, tau: float
     if c.norm_topk_prob and g.sum() > 0:
         g = g / g.sum()
     return g
+
+
+# --- routers that do not stand at a linear layer ---------------------------------------------------------------------
+
+MLP = ["gate_proj", "up_proj", "down_proj"]
+TASKS = {"router_input": "task", "num_tasks": 4}
+FIELDS = {
+    "ffn": {"scope": "ffn", "target_modules": MLP, "router_bias": True, "top_k": 2},
+    "ffn_dense": {"scope": "ffn", "target_modules": [*MLP, "q_proj"], "num_experts_pattern": {"q_proj": 1}},
+    "ffn_adaptive": {"scope": "ffn", "target_modules": ["up_proj"], "threshold": 0.4, "adaptive_threshold": True},
+    "model": {"scope": "model", "top_k": 2},
+    "layerwise": {"scope": "model", "router_depth": 2, "router_hidden_size": 5, "router_bias": True, "layerwise": True},
+    "embedding": {"scope": "model", **TASKS, "task_embedding_dim": 5},
+    "table": {"scope": "model", **TASKS, "router_depth": 0},
+    "poly": {**TASKS, "router_depth": 0, "mix": "weights", "n_splits": 2, "scoring_func": "sigmoid"},
+}
+IDS = [3, 1]
+every_scope = pytest.mark.parametrize("name", FIELDS)
+
+
+def random_(model: nn.Module, seed: int = 3) -> nn.Module:
+    """The model in evaluation mode with all of its adapters' parameters large and random."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "moe_lora_" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def wrapped(name: str, base: nn.Module | None = None, adapter: str = "default", **more) -> peft.PeftModel:
+    """A model with a random adapter of one of the kinds of `FIELDS`."""
+    model = tiny_llama() if base is None else base
+    return random_(peft.get_peft_model(model, config(**(FIELDS[name] | more)), adapter_name=adapter))
+
+
+def out(model: nn.Module, name: str, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """Logits, by task where the kind of adapter needs it."""
+    ids = input_ids() if ids is None else ids
+    with torch.set_grad_enabled(kwargs.pop("grad", False)):
+        if "num_tasks" not in FIELDS[name]:
+            return model(ids, **kwargs).logits
+        with tuner.task_routing(model, IDS):
+            return model(ids, **kwargs).logits
+
+
+def loaded(path, base: nn.Module | None = None, **kwargs) -> peft.PeftModel:
+    """The adapter in this directory on a model."""
+    return peft.PeftModel.from_pretrained(tiny_llama() if base is None else base, path, **kwargs)

@@ -4,8 +4,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-from test_peft_scopes import FIELDS, out, wrapped
-from test_peft_support import THIRD_PARTY_WARNINGS, config, input_ids, logits, tiny_llama
+from test_peft_support import (
+    FIELDS,
+    THIRD_PARTY_WARNINGS,
+    config,
+    input_ids,
+    logits,
+    out,
+    tiny_llama,
+    wrapped,
+)
 
 import interop.peft_tuner as tuner
 

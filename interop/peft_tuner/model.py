@@ -26,6 +26,7 @@ from interop.peft_tuner.refusals import INJECTION_REFUSAL, MERGE_REFUSAL, WEIGHT
 from interop.peft_tuner.router import MoeLoraLayer
 from interop.peft_tuner.task_routing import task_routing
 from interop.peft_tuner.wiring import unwire, wire
+from interop.presence import block_of
 
 
 class MoeLoraModel(BaseTuner):
@@ -187,10 +188,12 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _warn_of_unused_patterns(config: MoeLoraConfig, model: nn.Module, adapter_name: str) -> None:
-    """PEFT does this for rank_pattern and alpha_pattern."""
-    modules = [p for p, m in model.named_modules() if isinstance(m, Linear) and adapter_name in m.moe_lora_A]
+    """PEFT does this for rank_pattern and alpha_pattern. In scope ffn a key may name a block."""
+    paths = {p for p, m in model.named_modules() if isinstance(m, Linear) and adapter_name in m.moe_lora_A}
+    if config.scope == "ffn":
+        paths |= {block_of(module) for module in paths}
     for field in ("num_experts_pattern", "top_k_pattern"):
-        unused = [k for k in getattr(config, field) if not any(re.match(rf"(.*\.)?({k})$", m) for m in modules)]
+        unused = [k for k in getattr(config, field) if not any(re.match(rf"(.*\.)?({k})$", p) for p in paths)]
         if unused:
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",
