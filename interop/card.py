@@ -1,10 +1,13 @@
 """The README.md that a save puts next to an adapter: what it is, how to load it, what it computes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from interop.config import FORMAT_VERSION, MoeLoraConfig
 
 CARD_NAME = "README.md"
+PLACEHOLDER = "# Model Card for Model ID"
 
 _TEMPLATE = """---
 library_name: peft
@@ -46,6 +49,8 @@ Routing: {routing}.
 | name | dtype | shape |
 |---|---|---|
 {rows}
+
+Written with {versions}.
 """
 
 
@@ -72,6 +77,13 @@ def routing_rule(config: MoeLoraConfig) -> str:
     return f"{logits}, p = {scores}, keep {kept}{norm}{factor}"
 
 
+def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Writes the card, unless somebody has written a README.md there; PEFT's placeholder is nobody's."""
+    path = directory / CARD_NAME
+    if not path.exists() or PLACEHOLDER in path.read_text("utf-8", errors="replace"):
+        path.write_text(model_card(config, tensors), "utf-8", errors="replace")
+
+
 def model_card(config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     """Markdown of the card. `tensors`: {stored name: (dtype, shape)}."""
     rows = "\n".join(f"| `{name}` | {dtype} | {list(shape)} |" for name, (dtype, shape) in sorted(tensors.items()))
@@ -85,4 +97,14 @@ def model_card(config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int
         scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",
         routing=routing_rule(config),
         rows=rows,
+        versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """The versions of the libraries that a save may involve, of those that are installed."""
+    for name in ("moe-lora-jax", "safetensors", "jax", "flax", "torch", "peft", "transformers"):
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue

@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from interop import config as neutral_config
+from interop.card import describe
+from interop.files import WEIGHTS_NAME, read_header
 
 _NEUTRAL = neutral_config.MoeLoraConfig
 
@@ -53,6 +56,14 @@ class MoeLoraConfig(_Fields):  # type: ignore[misc, valid-type]
     def to_dict(self) -> dict[str, Any]:
         """What save_pretrained writes: the neutral config's JSON, so that both frameworks write the same file."""
         return self.neutral.to_dict()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, and the model card in the place of PEFT's placeholder: it has the import line."""
+        super().save_pretrained(save_directory, **kwargs)
+        directory = Path(save_directory)
+        weights = directory / WEIGHTS_NAME
+        infos = read_header(weights)[0] if weights.exists() else {}
+        describe(directory, self.neutral, {name: (info.dtype, info.shape) for name, info in infos.items()})
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

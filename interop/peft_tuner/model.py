@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
+from interop.config import PATTERNS
 from interop.errors import ConfigError
 from interop.peft_tuner.checks import check_adapter_name, check_fit
 from interop.peft_tuner.config import MoeLoraConfig
@@ -85,6 +86,9 @@ class MoeLoraModel(BaseTuner):
                 for parameter in layer.router_parameters(adapter_name):
                     parameter.requires_grad_(trains)
         _warn_of_unused_patterns(config, model, adapter_name)
+        resolved = config.neutral.resolved(chosen)
+        for pattern in PATTERNS:  # said so that their order, which PEFT sorts when it saves, does not matter
+            setattr(config, pattern, getattr(resolved, pattern))
         if warns:
             warn_of_untouched_experts(model)
 
