@@ -319,6 +319,11 @@ COMBINATIONS: list[tuple[tuple[str, ...], Callable[["MoeLoraConfig"], bool], str
         "found {c.router_aux_loss_delta} with router_aux_loss {c.router_aux_loss}, expected 0",
     ),
     (
+        ("top_k_pattern", "scope"),
+        lambda c: bool(c.top_k_pattern) and c.scope == "model",
+        "found {c.top_k_pattern} in scope model, expected none: one router decides for all modules",
+    ),
+    (
         ("n_splits", "mix"),
         lambda c: c.n_splits > 1 and c.mix != "weights",
         "found {c.n_splits} with mix {c.mix}, expected 1",

@@ -120,8 +120,13 @@ def _completed(model: nnx.Module, config: MoeLoraConfig, chosen: list[str]) -> M
     if config.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "name_or_path", None)
         config = replace(config, base_model_name_or_path=None if name is None else str(name))
+    routed = {m for m in chosen if config.for_module(m).has_router}
+    if config.layerwise and config.module_order is not None and set(config.module_order) != routed:
+        differing = sorted(routed.symmetric_difference(config.module_order))
+        raise ConfigError(
+            "the config does not fit the model", [f"module_order: expected every routed module, see {differing}"]
+        )
     if config.layerwise and config.module_order is None:
-        routed = {m for m in chosen if config.for_module(m).has_router}
         ordered = [m for m in getattr(model, "linear_order", list)() if m in routed]
         if len(ordered) != len(routed):
             problem = (

@@ -28,6 +28,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     key: jax.Array | None = None,
+    task_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Continue each prompt: int32 [batch, seq + max_new_tokens], prompts included.
 
@@ -46,6 +47,7 @@ def generate(
         top_k, top_p: restrict the draw, see `sampling.choose`.
         eos_token_id: ids that end a row; None takes the model's, an empty sequence none.
         pad_token_id: fills ended rows; None takes the model's, or else the first ending id.
+        task_ids: integers [batch] or [batch, n], for an adapter that routes by task.
         key: `jax.random.key`, required when drawing; the same key gives the same tokens.
 
     Raises:
@@ -72,6 +74,7 @@ def generate(
         jnp.int32(pad),
         settings,
         jax.random.key(0) if key is None else key,  # greedy choice ignores it
+        {} if task_ids is None else {"task_ids": jnp.asarray(task_ids)},
         graphdef=graphdef,
         steps=max_new_tokens,
         sampling=sampling,
@@ -98,6 +101,7 @@ def _generate(
     pad: jax.Array,
     settings: tuple[jax.Array, jax.Array],
     key: jax.Array,
+    routing: dict[str, jax.Array],
     *,
     graphdef: nnx.GraphDef,
     steps: int,
@@ -113,8 +117,8 @@ def _generate(
         return (now.step < steps) & ~jnp.all(now.ended)
 
     def decode(now: _Decoding) -> _Decoding:
-        model = nnx.merge(graphdef, state)  # here, because a module cannot change across trace levels
-        hidden, cache = model.hidden_states(now.token[:, None], cache=now.cache)
+        model = nnx.merge(graphdef, state, copy=True)  # here, because a module cannot change across trace levels
+        hidden, cache = model.hidden_states(now.token[:, None], cache=now.cache, **routing)
         token = jnp.where(now.ended, pad, choose_next(model.head(hidden[:, 0]), now.step))
         return _Decoding(
             step=now.step + 1,
@@ -124,10 +128,10 @@ def _generate(
             cache=cache,
         )
 
-    model = nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state, copy=True)
     # The last new token is never read back, so it needs no slot.
     cache = model.empty_cache(batch, length + steps - 1)
-    hidden, cache = model.hidden_states(ids, mask, cache=cache)
+    hidden, cache = model.hidden_states(ids, mask, cache=cache, **routing)
     last = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     first = choose_next(model.head(hidden[jnp.arange(batch), last]), 0)
     start = _Decoding(
