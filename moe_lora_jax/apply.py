@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from interop.blocks import last_layer
 from interop.config import ModuleConfig, MoeLoraConfig
 from interop.errors import CheckpointError, ConfigError
 from interop.presence import block_of, router_owners
-from moe_lora_jax.feed_forward import MoeLoraFeedForward, SlotLinear, last_layer
+from moe_lora_jax.feed_forward import MoeLoraFeedForward, SlotLinear
 from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.model_router import ModelRouter
 from moe_lora_jax.shared import Shared

@@ -16,8 +16,6 @@ from moe_lora_jax.gating import top_k_slots
 from moe_lora_jax.router import Router
 from moe_lora_jax.shared import Shared
 
-LAST_NAMES = ("down_proj", "fc2", "w2", "wo", "c_proj", "dense_4h_to_h")
-
 
 class MoeLoraFeedForward(nnx.Module):
     """Routes the block's input x [..., in] and runs the block, whose linear layers are `SlotLinear`s.
@@ -150,15 +148,3 @@ class SlotLinear(nnx.Module):
             return jnp.broadcast_to(jnp.eye(experts, dtype=gates.dtype)[:, None, :], (experts, *gates.shape))
         slots = top_k_slots(jax.lax.stop_gradient(gates), self.top_k)
         return jnp.moveaxis(slots, -2, 0).astype(gates.dtype)
-
-
-def last_layer(layers: dict[str, tuple[int, int]]) -> str | None:
-    """The layer of a block whose output is the block's: by its name, or the only one that narrows; None if unclear.
-
-    Args:
-        layers: {name: (in_features, out_features)}.
-    """
-    named = [name for name in layers if name in LAST_NAMES]
-    narrowing = [name for name, (size_in, size_out) in layers.items() if size_out < size_in]
-    found = named if len(named) == 1 else narrowing
-    return found[0] if len(found) == 1 else None

@@ -3,29 +3,16 @@
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from interop.blocks import last_layer
 from interop.config import MoeLoraConfig
 from interop.peft_tuner.layer import features, unsupported
 from interop.peft_tuner.router import MoeLoraLayer
-
-LAST_NAMES = ("down_proj", "fc2", "w2", "wo", "c_proj", "dense_4h_to_h")
 
 
 def linear_children(block: nn.Module) -> dict[str, nn.Module]:
     """{name: base layer} of the block's own linear layers, in order, whether wrapped or not."""
     bases = {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in block.named_children()}
     return {name: base for name, base in bases.items() if unsupported(base) is None}
-
-
-def last_layer(layers: dict[str, tuple[int, int]]) -> str | None:
-    """The layer of a block whose output is the block's: by its name, or the only one that narrows; None if unclear.
-
-    Args:
-        layers: {name: (in_features, out_features)}.
-    """
-    named = [name for name in layers if name in LAST_NAMES]
-    narrowing = [name for name, (size_in, size_out) in layers.items() if size_out < size_in]
-    found = named if len(named) == 1 else narrowing
-    return found[0] if len(found) == 1 else None
 
 
 def last_of(block: nn.Module) -> tuple[str, nn.Module]:
