@@ -1,5 +1,7 @@
 """The README.md that a save puts next to an adapter: what it is, how to load it, what it computes."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,9 +12,7 @@ CARD_NAME = "README.md"
 PLACEHOLDER = "# Model Card for Model ID"
 
 _TEMPLATE = """---
-library_name: peft
-base_model: {base}
-tags: [moe-lora, mixture-of-experts, lora]
+{metadata}
 ---
 
 # Mixture-of-LoRA-experts adapter
@@ -80,15 +80,29 @@ def routing_rule(config: MoeLoraConfig) -> str:
 def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Writes the card, unless somebody has written a README.md there; PEFT's placeholder is nobody's."""
     path = directory / CARD_NAME
-    if not path.exists() or PLACEHOLDER in path.read_text("utf-8", errors="replace"):
-        path.write_text(model_card(config, tensors), "utf-8", errors="replace")
+    found = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    if not found or PLACEHOLDER in found:
+        metadata = re.match(r"---\n(.*?)\n---", found, re.DOTALL)  # PEFT has filled these in already
+        text = model_card(config, tensors, metadata[1] if metadata else None)
+        path.write_text(text, "utf-8", errors="replace")
 
 
-def model_card(config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """Markdown of the card. `tensors`: {stored name: (dtype, shape)}."""
+def model_card(
+    config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: str | None = None
+) -> str:
+    """Markdown of the card.
+
+    Args:
+        tensors: {stored name: (dtype, shape)}.
+        metadata: YAML for the card's head; None: the library, the tags, and the base model if it is known.
+    """
+    if metadata is None:
+        base = [f"base_model: {json.dumps(config.base_model_name_or_path)}"] if config.base_model_name_or_path else []
+        metadata = "\n".join(["library_name: peft", *base, "tags: [moe-lora, mixture-of-experts, lora]"])
     rows = "\n".join(f"| `{name}` | {dtype} | {list(shape)} |" for name, (dtype, shape) in sorted(tensors.items()))
     root = "sqrt(r)" if config.use_rslora else "r"
     return _TEMPLATE.format(
+        metadata=metadata,
         base=config.base_model_name_or_path or "unknown",
         version=FORMAT_VERSION,
         experts=config.num_experts,
