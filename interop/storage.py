@@ -6,6 +6,8 @@ the experts' configs are the list `experts` of the main config, their number its
 
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,11 +121,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise CheckpointError("missing file", [f"{path}: does not exist"]) from None
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError) as error:
-        raise CheckpointError("unreadable .npz file", [f"{path}: {error}"]) from error
-    except Exception as error:  # zipfile raises BadZipFile and zlib.error, which share no base with the others
-        if type(error).__name__ not in ("BadZipFile", "error", "BadZipfile"):
-            raise
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError("unreadable .npz file", [f"{path}: {error}"]) from error
 
 
