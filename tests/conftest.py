@@ -1,4 +1,10 @@
-"""For every test: programs are compiled cheaply, and torch uses one thread, because the workers share the cores."""
+"""For every test: programs are compiled cheaply, torch uses one thread because the workers share the cores; and counts.
+
+Tests of robustness take a number of tries from `tries(short, full)`, and report to `tally`; `--full` is what
+`make trust` passes, and the summary has one line per point.
+"""
+
+from collections import defaultdict
 
 import jax
 import pytest
@@ -21,3 +27,38 @@ def cheap_compilation(request):
     jax.config.update("jax_disable_most_optimizations", cheap)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="the long form of the robustness tests (make trust)")
+
+
+@pytest.fixture
+def tries(request):
+    """tries(short, full): how often to try."""
+    return lambda short, full: full if request.config.getoption("--full") else short
+
+
+@pytest.fixture
+def tally(record_property):
+    """tally("saves killed", tried=200, lost=0): counts for the summary; fails if anything was lost."""
+
+    def count(point: str, *, tried: int, lost: int) -> None:
+        record_property("tally", (point, tried, lost))
+        assert tried > 0 and lost == 0, f"{point}: {lost} lost of {tried}"
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    points = defaultdict(lambda: [0, 0])
+    for report in (r for found in terminalreporter.stats.values() for r in found if hasattr(r, "user_properties")):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name == "tally":
+                point, tried, lost = value
+                points[point][0] += tried
+                points[point][1] += lost
+    if points:
+        terminalreporter.section("tried, survived, lost")
+        for point, (tried, lost) in sorted(points.items()):
+            terminalreporter.write_line(f"{point}: {tried} tried, {tried - lost} survived, {lost} lost")
