@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint bench peft-suite peft-suite-quick zero3 clean
+.PHONY: quickstart test lint docs bench peft-suite peft-suite-quick zero3 clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
@@ -36,6 +36,10 @@ zero3: .venv/installed
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
 		deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 	PYTHONPATH=build/deepspeed DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/test_trainers.py -k zero3
+
+# a site in build/site; links are checked
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.layer

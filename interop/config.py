@@ -64,9 +64,13 @@ class MoeLoraConfig:
         shared_lora_A: one A for all experts of a module (HydraLoRA, arXiv:2404.19245).
         target_modules: names (whole paths or last parts), a regular expression, or "all-linear".
         exclude_modules: the same forms; wins over target_modules.
-        layers_to_transform, layers_pattern: restrict to these layer numbers, as in PEFT.
-        rank_pattern, alpha_pattern, num_experts_pattern, top_k_pattern: {regular expression: value} per module; the
-            first that matches the end of the module's path wins, as in PEFT.
+        layers_to_transform: restrict to these layer numbers, as in PEFT.
+        layers_pattern: the path segment before the layer number, as in PEFT.
+        rank_pattern: {regular expression: r} per module; the first that matches the end of the module's path wins, as
+            in PEFT.
+        alpha_pattern: likewise for lora_alpha.
+        num_experts_pattern: likewise for num_experts; 1 is plain LoRA.
+        top_k_pattern: likewise for top_k; None is dense.
         init_lora_weights: True: B = 0, so the adapter starts as the identity. False: B random (for tests).
         modules_to_save: modules trained and saved whole beside the adapter (PyTorch only).
         scope: where the router stands: "linear", "ffn" (arXiv:2404.15159) or "model" (arXiv:2402.07148).
@@ -96,9 +100,16 @@ class MoeLoraConfig:
         router_aux_loss: how use is balanced: "switch" (mean of the modules' losses, arXiv:2101.03961), "mixtral" (the
             modules' tokens pooled, as transformers does) or "localized" (LoRAMoE's constraint, arXiv:2312.09979).
         router_aux_loss_delta: delta of the localized loss: how far the two halves of the experts are pulled apart.
-        router_aux_loss_coef, router_z_loss_coef: coefficients of the balancing and of the z loss (arXiv:2202.08906).
+        router_aux_loss_coef: coefficient of the balancing loss.
+        router_z_loss_coef: coefficient of the z loss (arXiv:2202.08906).
         format_version: version of the native file format.
-        base_model_name_or_path, revision, task_type, inference_mode, auto_mapping, peft_version, peft_type: PEFT's.
+        peft_type: marks the format.
+        base_model_name_or_path: bookkeeping of PEFT: the base model.
+        revision: bookkeeping of PEFT: of the base model.
+        task_type: bookkeeping of PEFT.
+        inference_mode: bookkeeping of PEFT.
+        auto_mapping: bookkeeping of PEFT.
+        peft_version: bookkeeping of PEFT: who wrote it.
 
     Raises:
         ConfigError: with one entry per wrong field: what was found and what is allowed.

@@ -55,7 +55,8 @@ def load_adapter(
     Args:
         model: a base model without an adapter.
         source: a directory in any readable layout, or an `interop.Adapter`.
-        dialect, options: as for `interop.read`.
+        dialect: the layout's name, as for `interop.read`.
+        options: what the layout does not record, as for `interop.read`.
         rngs: stream "dropout", for training on; default `nnx.Rngs(0)`.
 
     Raises:

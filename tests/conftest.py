@@ -52,8 +52,8 @@ def tally(record_property):
 
 def pytest_terminal_summary(terminalreporter):
     points = defaultdict(lambda: [0, 0])
-    for report in (r for found in terminalreporter.stats.values() for r in found if hasattr(r, "user_properties")):
-        for name, value in report.user_properties if report.when == "call" else ():
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for name, value in report.user_properties if getattr(report, "when", "") == "call" else ():
             if name == "tally":
                 point, tried, lost = value
                 points[point][0] += tried
