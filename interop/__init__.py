@@ -8,6 +8,8 @@ from interop.config import MoeLoraConfig
 from interop.conversion import convert
 from interop.errors import CheckpointError, ConfigError
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 __all__ = [
     "Adapter",
     "CheckpointError",

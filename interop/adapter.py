@@ -31,7 +31,7 @@ class Adapter:
     tensors: Mapping[tuple[str, str], np.ndarray]
 
     def __post_init__(self) -> None:
-        native = {slot: t.astype(t.dtype.newbyteorder("="), copy=False) for slot, t in self.tensors.items()}
+        native = {s: t if t.dtype.isnative else t.astype(t.dtype.newbyteorder("=")) for s, t in self.tensors.items()}
         object.__setattr__(self, "tensors", native)
         problems = layout_problems(self.config, self.tensors)
         if problems:

@@ -2,10 +2,10 @@
 
 The order, each step synced before the next:
 
-1. the new files are written to a scratch folder `.saving-*` inside the directory;
-2. hard links to the old ones are collected in `.previous`, which appears by one rename;
+1. in a scratch folder `.saving-*` inside the directory: the new files, and hard links to the old ones;
+2. the links appear as `.previous` by one rename;
 3. the new files are renamed into place, and files that the new set does not have are removed;
-4. `.previous` disappears by one rename, and is deleted.
+4. `.previous` disappears by one rename into the scratch folder, which is deleted.
 
 A crash before step 3 leaves the old checkpoint, one after it the new; in step 3 the directory holds a mixture, which
 the digest tells (or, in layouts without one, `.previous` itself), and the old checkpoint is complete in `.previous`.
@@ -13,10 +13,11 @@ The next save removes the leftovers of a crash, and takes back one that crashed 
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,13 +25,14 @@ from safetensors import SafetensorError
 from interop.errors import CheckpointError
 
 PREVIOUS = ".previous"
-_SCRATCH, _DISCARDED = ".saving-", ".discarded-"
+_NEW = ".new"  # in PREVIOUS: the names of the files that replace these
+_SCRATCH = ".saving-"
 
 
 def replace_files(
     directory: Path, writers: Mapping[str, Callable[[Path], None]], *, stale: Collection[str] = ()
 ) -> None:
-    """Writes several files as one.
+    """Writes several files as one. Two saves into one directory wait for each other.
 
     Args:
         directory: created if missing.
@@ -38,36 +40,38 @@ def replace_files(
         stale: names that must not remain if `writers` does not write them.
 
     Raises:
-        CheckpointError: the disk refuses; the old files are in place, and nothing of the new ones.
+        CheckpointError: the disk refuses; the old files are in place, and nothing of the new ones. Where the disk
+            refuses this too, the error says that the old ones are in PREVIOUS.
     """
-    existed = directory.exists()
     blocked = [directory / name for name in writers if (directory / name).is_dir()]
     if blocked:
         raise CheckpointError("could not save", [f"{path}: found a directory, expected a file" for path in blocked])
+    created = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _recover(directory, {*writers, *stale})
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=directory) as scratch:
-            for name, write in writers.items():
-                new = Path(scratch, name)
-                new.parent.mkdir(parents=True, exist_ok=True)
-                write(new)
-                _sync(new)
-            old = [n for n in {**dict.fromkeys(writers), **dict.fromkeys(stale)} if (directory / n).is_file()]
-            _keep(directory, old)
-            with _restoring(directory, list(writers), old):
-                for name in writers:
-                    (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(Path(scratch, name), directory / name)
-                for name in set(old) - writers.keys():
-                    (directory / name).unlink()
-                _sync(directory)
-        _discard(directory / PREVIOUS)
-    except (OSError, SafetensorError, UnicodeError) as error:
-        if not existed:
+        for path in created:
+            _sync(path.parent)
+        with _locked(directory):
+            _replace(directory, writers, stale)
+    except BaseException as error:
+        for path in created:
             with contextlib.suppress(OSError):
-                directory.rmdir()  # only if nothing is in it
-        raise CheckpointError("could not save", [f"{directory}: {error}"]) from error
+                path.rmdir()  # only if nothing is in it
+        if not isinstance(error, OSError | SafetensorError | UnicodeError):
+            raise  # not of this disk: interrupted, or a writer could not read its source
+        problems = [f"{directory}: {error}"]
+        if is_being_replaced(directory):
+            problems.append(f"what was there before is complete in {directory / PREVIOUS}; the next save puts it back")
+        raise CheckpointError("could not save", problems) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes one UTF-8 file, which is at every moment the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, "utf-8")
+    _sync(new)
+    os.replace(new, path)
+    _sync(path.parent)
 
 
 def is_being_replaced(directory: Path) -> bool:
@@ -75,66 +79,120 @@ def is_being_replaced(directory: Path) -> bool:
     return (directory / PREVIOUS).is_dir()
 
 
-def _keep(directory: Path, names: Collection[str]) -> None:
-    """Collects links to the old files in PREVIOUS, which appears complete or not at all."""
-    if not names:
-        return
-    folder = Path(tempfile.mkdtemp(prefix=_DISCARDED, dir=directory))
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+def will_remain(directory: Path, name: str) -> bool:
+    """Whether there is a file `name` that the next save finds: not one of an interrupted save, which it takes back."""
+    return (directory / name).exists() and name not in _new_names(directory / PREVIOUS)
+
+
+def _replace(directory: Path, writers: Mapping[str, Callable[[Path], None]], stale: Collection[str]) -> None:
+    for leftover in directory.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
+    try:
+        taken_back = _take_back(directory, scratch) if is_being_replaced(directory) else []
+        for name, write in writers.items():
+            write(_place(scratch / "new", name))
+        for name in dict.fromkeys([*writers, *stale, *taken_back]):
+            if (directory / name).is_file():
+                _link(directory / name, _place(scratch / "old", name))
+        _place(scratch / "old", _NEW).write_text("\n".join(writers), "utf-8")
+        _sync_all(scratch)
         try:
-            os.link(directory / name, folder / name)
-        except OSError:  # a file system without hard links
-            shutil.copy2(directory / name, folder / name)
-            _sync(folder / name)
-    _sync(folder)
-    os.rename(folder, directory / PREVIOUS)
+            os.rename(scratch / "old", directory / PREVIOUS)
+            _sync(directory)
+            for name in writers:
+                os.replace(scratch / "new" / name, _place(directory, name))
+            for name in _files(directory / PREVIOUS):
+                if name not in writers:
+                    _remove(directory, name)
+            _sync_folders(directory, writers)
+            os.rename(directory / PREVIOUS, scratch / "replaced")
+        except BaseException:
+            if is_being_replaced(directory):
+                with contextlib.suppress(OSError):  # PREVIOUS stays, and the next save tries again
+                    _take_back(directory, scratch)
+            raise
+        with contextlib.suppress(OSError):  # all that may come back after a power cut is PREVIOUS
+            _sync(directory)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _take_back(directory: Path, scratch: Path) -> list[str]:
+    """Removes what an unfinished save has written, and puts the old files in place: their names are returned.
+
+    PREVIOUS stays complete until then.
+    """
+    previous = directory / PREVIOUS
+    old = _files(previous)
+    for name in _new_names(previous):
+        if name not in old:
+            _remove(directory, name)
+    for name in old:
+        _link(previous / name, scratch / "back")
+        os.replace(scratch / "back", _place(directory, name))
+        (scratch / "back").unlink(missing_ok=True)  # a rename onto a link to the same file does nothing
+    _sync_folders(directory, old)
+    os.rename(previous, scratch / "taken_back")
     _sync(directory)
+    return old
+
+
+def _new_names(previous: Path) -> list[str]:
+    listed = previous / _NEW
+    return listed.read_text("utf-8").splitlines() if listed.exists() else []
+
+
+def _files(previous: Path) -> list[str]:
+    found = (str(path.relative_to(previous)) for path in previous.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != _NEW)
 
 
 @contextlib.contextmanager
-def _restoring(directory: Path, written: Collection[str], old: Collection[str]) -> Iterator[None]:
-    """Puts the old files back if a rename fails."""
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    except OSError:
-        _put_back(directory, old)
-        for name in set(written) - set(old):
-            (directory / name).unlink(missing_ok=True)
-        _discard(directory / PREVIOUS)
-        raise
+    finally:
+        os.close(descriptor)  # gives up the lock
 
 
-def _discard(folder: Path) -> None:
-    """Removes a folder; its name is gone at once, so that half of it is never taken for the whole."""
-    if folder.is_dir():
-        gone = Path(tempfile.mkdtemp(prefix=_DISCARDED, dir=folder.parent))
-        os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+def _place(directory: Path, name: str) -> Path:
+    """The path of `name`, with its parents made."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
-def _recover(directory: Path, stale: Collection[str]) -> None:
-    """Removes what crashed saves left; one that crashed among its renames is taken back."""
-    for leftover in directory.iterdir():
-        if leftover.name.startswith((_SCRATCH, _DISCARDED)) and leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-    previous = directory / PREVIOUS
-    if previous.is_dir():
-        old = [str(path.relative_to(previous)) for path in previous.rglob("*") if path.is_file()]
-        for name in set(stale) - set(old):
-            (directory / name).unlink(missing_ok=True)
-        _put_back(directory, old)
-        _discard(previous)
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)  # resolved: a relative symlink means something else elsewhere
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+        _sync(target)
 
 
-def _put_back(directory: Path, names: Collection[str]) -> None:
-    """Copies files from PREVIOUS into place; PREVIOUS stays complete until all are there."""
-    for name in names:
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=directory) as scratch:
-            shutil.copy2(directory / PREVIOUS / name, Path(scratch, "file"))
-            _sync(Path(scratch, "file"))
-            os.replace(Path(scratch, "file"), directory / name)
-    _sync(directory)
+def _remove(directory: Path, name: str) -> None:
+    """Removes a file, and the folders in `directory` that it leaves empty."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (directory / name).unlink()
+    for parent in list(Path(name).parents)[:-1]:
+        folder = directory / parent
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _sync_folders(directory: Path, names: Iterable[str]) -> None:
+    for folder in dict.fromkeys([*((directory / name).parent for name in names), directory]):
+        _sync(folder)
+
+
+def _sync_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -1,8 +1,9 @@
 """Adapters in directories: detect a layout, read any, write any."""
 
+import contextlib
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,14 @@ import numpy as np
 
 from interop import files, storage
 from interop.adapter import Adapter, config_sizes
-from interop.atomic import PREVIOUS, is_being_replaced, replace_files
+from interop.atomic import PREVIOUS, is_being_replaced, replace_files, will_remain
 from interop.card import CARD_NAME, model_card
 from interop.config import FORMAT_VERSION, PEFT_TYPE, MoeLoraConfig
 from interop.config_fields import config_of, differences, options_of, raw_of
 from interop.dialect import Dialect
 from interop.digest import NAME as DIGEST
-from interop.digest import digest
+from interop.digest import begun, digest
 from interop.errors import CheckpointError, ConfigError
-from interop.presence import layout_problems
 from interop.prototypes import complete_prototypes
 from interop.registry import dialect_named, file_dialects
 from interop.rules import Canonical, decode, encode
@@ -39,8 +39,9 @@ def detect(directory: str | os.PathLike[str]) -> str:
     known = file_dialects()
     in_folders = [d for d in known if d.folders is not None and storage.folders_in(path, d.folders) is not None]
     candidates = in_folders or [d for d in known if d.folders is None]
+    in_one_file = None if in_folders else storage.open_directory(path, None, {})  # opened once: .bin is read whole
     for dialect in candidates:
-        stored = storage.open_directory(path, dialect if dialect.folders else None, {})
+        stored = in_one_file or storage.open_directory(path, dialect, {})
         shapes = {name: info.shape for name, info in stored.infos.items()}
         reasons[dialect.name] = dialect.misfits(shapes, stored.raw)
     fitting = [name for name, problems in reasons.items() if not problems]
@@ -66,45 +67,67 @@ def read(directory: str | os.PathLike[str], dialect: str | None = None, **option
     Raises:
         CheckpointError, ConfigError: with every problem found.
     """
+    with opened(directory, dialect, **options) as adapter:
+        return Adapter(adapter.config, {slot: np.asarray(tensor) for slot, tensor in adapter.tensors.items()})
+
+
+@contextlib.contextmanager
+def opened(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Iterator[Adapter]:
+    """The adapter that `read` reads, checked as there, but its tensors are read when asked for (`interop.lazy`).
+
+    The files stay open within the context, so that a save in the meantime changes nothing.
+    """
     path = files.existing_directory(directory)
     for attempt in range(RETRIES):  # another process may be saving into this directory
-        try:
-            adapter = _read(path, dialect, options)
-            if not is_being_replaced(path) or _has_digest(path):
-                return adapter
-        except (CheckpointError, ConfigError):
-            if not is_being_replaced(path):
-                raise
+        before = _identity(path)
+        with contextlib.ExitStack() as sources:
+            try:
+                adapter, has_digest = _open(path, dialect, options, sources)
+            except (CheckpointError, ConfigError):
+                if before == _identity(path) and not is_being_replaced(path):
+                    raise
+            else:
+                if before == _identity(path) and (has_digest or not is_being_replaced(path)):
+                    yield adapter
+                    return
         time.sleep(0.05 * 2**attempt)
-    problem = f"the adapter that was there before is complete in {path / PREVIOUS}; saving again also puts it in order"
+    problem = f"what was there before is complete in {path / PREVIOUS}; saving again also puts it in order"
     raise CheckpointError(f"a save into {path} was interrupted, or is still going on", [problem])
 
 
-def _read(path: Path, dialect: str | None, options: Mapping[str, Any]) -> Adapter:
-    table = dialect_named(dialect or ("native" if _says_native(path) else detect(path)))
+def _open(
+    path: Path, dialect: str | None, options: Mapping[str, Any], sources: contextlib.ExitStack
+) -> tuple[Adapter, bool]:
+    """The adapter, and whether it has a digest: then a mixture of two saves would have been noticed."""
+    table = dialect_named(dialect or layout_of(path))
     stored = storage.open_directory(path, table, options)
     table = table.specialised(stored.raw)
+    flat = stored.tensors(sources)
     if table.name == "native":
         config = MoeLoraConfig.from_dict(stored.raw)
         problems = [f"option {name}: layout 'native' takes no options" for name in options]
-        tensors, found = decode(table.rules, stored.tensors(), config_sizes(config))
-        _check_digest(path, config, stored.tensors())
-        return _adapter(path, table, config, tensors, problems + found)
-    tensors, problems = decode(table.rules, stored.tensors(), _raw_sizes(table, stored.raw))
+        tensors, found = decode(table.rules, flat, config_sizes(config))
+        _check_digest(path, config, flat, stored.metadata)
+        return _adapter(path, table, config, tensors, problems + found), DIGEST in stored.metadata
+    tensors, problems = decode(table.rules, flat, _raw_sizes(table, stored.raw))
     if table.folders is not None and table.folders.sidecar:
         tensors = complete_prototypes(tensors)
     try:
         config = config_of(table, stored.raw, tensors, options)
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be read as {table.name}", [*problems, *error.problems]) from None
-    tensors, problems = decode(table.rules, stored.tensors(), config_sizes(config))  # now with every size known
+    tensors, problems = decode(table.rules, flat, config_sizes(config))  # now with every size known
     if table.folders is not None and table.folders.sidecar:
         tensors = complete_prototypes(tensors)
-    return _adapter(path, table, config, tensors, problems)
+    return _adapter(path, table, config, tensors, problems), False
+
+
+def layout_of(path: Path) -> str:
+    """ "native" if the config says so: then what does not fit is wrong, not of another layout; else as detected."""
+    return "native" if _says_native(path) else detect(path)
 
 
 def _says_native(path: Path) -> bool:
-    """Whether the config is ours: then what does not fit is wrong, not of another layout."""
     config = path / files.CONFIG_NAME
     return config.exists() and files.read_json(config).get("peft_type") == PEFT_TYPE
 
@@ -139,15 +162,16 @@ def write(
     tensors, problems = encode(rules, adapter.tensors, config_sizes(config), duplicates=duplicates)
     if problems:
         raise CheckpointError(f"cannot be written as {dialect}", problems)
-    metadata = {"format": "pt"}
+    metadata, state = {"format": "pt"}, None
     writers = {}
     target = Path(directory)
     if table.name == "native":
-        metadata = {**METADATA, DIGEST: digest(config, tensors, METADATA)}
-        if not (target / CARD_NAME).exists():
+        metadata, state = METADATA, begun(config, tensors, METADATA)
+        if not will_remain(target, CARD_NAME):
             card = model_card(config, {n: (str(t.dtype), t.shape) for n, t in tensors.items()})
             writers[CARD_NAME] = lambda p: p.write_text(card, "utf-8", errors="replace")
-    replace_files(target, {**storage.store(target, table, raw, tensors, metadata), **writers}, stale=CHECKPOINT_FILES)
+    writers |= storage.store(target, table, raw, tensors, metadata, state)
+    replace_files(target, writers, stale=_names(target))
 
 
 def _foreign_config(table: Dialect, adapter: Adapter, allow_loss: Collection[str]) -> dict[str, Any]:
@@ -166,11 +190,14 @@ def _foreign_config(table: Dialect, adapter: Adapter, allow_loss: Collection[str
 
 
 def _adapter(path: Path, table: Dialect, config: MoeLoraConfig, tensors: Canonical, problems: list[str]) -> Adapter:
-    found = problems + layout_problems(config, tensors)
+    try:
+        adapter, found = Adapter(config, tensors), problems
+    except CheckpointError as error:
+        found = [*problems, *error.problems]
     if found:
         found += [table.hint] if table.hint else []
         raise CheckpointError(f"{path} is not a complete {table.name} adapter", found)
-    return Adapter(config, tensors)
+    return adapter
 
 
 def _raw_sizes(table: Dialect, raw: Mapping[str, Any]):  # noqa: ANN202
@@ -181,16 +208,26 @@ def _raw_sizes(table: Dialect, raw: Mapping[str, Any]):  # noqa: ANN202
     return lambda module: known
 
 
-def _has_digest(path: Path) -> bool:
-    """Whether a mixture of two saves in this directory would be noticed."""
-    weights = storage.weights_path(path)
-    return weights.suffix == ".safetensors" and DIGEST in files.read_header(weights)[1]
+def _names(directory: Path) -> list[str]:
+    """The files that a checkpoint in this directory may consist of, in any layout."""
+    folders = [d.folders for d in file_dialects() if d.folders is not None]
+    return [*CHECKPOINT_FILES, *(name for f in folders for name in storage.names_in_folders(directory, f))]
 
 
-def _check_digest(path: Path, config: MoeLoraConfig, tensors: Mapping[str, np.ndarray]) -> None:
+def _identity(directory: Path) -> list[tuple[str, int, int]]:
+    """Changes when a save replaces any file, which is always by a new one: (name, inode, time in nanoseconds)."""
+    found = []
+    for name in _names(directory):
+        with contextlib.suppress(OSError):
+            status = (directory / name).stat()
+            found.append((name, status.st_ino, status.st_mtime_ns))
+    return found
+
+
+def _check_digest(
+    path: Path, config: MoeLoraConfig, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """PEFT writes no digest, so it is optional; when there is one it must be right."""
-    weights = storage.weights_path(path)
-    metadata = files.read_header(weights)[1] if weights.suffix == ".safetensors" else {}
     if "format_version" in metadata and DIGEST not in metadata:
         problem = f"header metadata: found {metadata}, expected {DIGEST!r} beside 'format_version'"
         raise CheckpointError(f"{path} is damaged", [problem])

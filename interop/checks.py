@@ -1,5 +1,6 @@
 """Looking at a checkpoint: `inspect` reads headers only, `verify` reads everything and lists what is wrong."""
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -9,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from interop import files
+from interop import files, storage
 from interop.adapter import Adapter
 from interop.card import routing_rule
-from interop.checkpoint import METADATA, detect, read
+from interop.checkpoint import METADATA, layout_of, opened
 from interop.config import MoeLoraConfig
 from interop.digest import NAME as DIGEST
 from interop.errors import CheckpointError, ConfigError
 from interop.files import TensorInfo
+from interop.registry import dialect_named
 
 METADATA_KEYS = {*METADATA, DIGEST}
 
@@ -57,19 +59,29 @@ class Finding:
     message: str
 
 
-def inspect(directory: str | os.PathLike[str]) -> Inspection:
+def inspect(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Inspection:
     """Describes a checkpoint from its config and its header, without reading a tensor or checking the digest.
+
+    Args:
+        directory: the checkpoint, in any layout (a .bin or .npz file has no header and is read).
+        dialect: the layout's name; None detects it.
+        options: what the layout does not record, as for `read`.
 
     Raises:
         CheckpointError, ConfigError: it is not a checkpoint in a known layout.
     """
     path = files.existing_directory(directory)
-    config = MoeLoraConfig.from_dict(files.read_json(path / files.CONFIG_NAME))
-    tensors, metadata = files.read_header(path / files.WEIGHTS_NAME)
-    counts = {name: int(np.prod(t.shape, dtype=np.int64)) for name, t in tensors.items()}
+    name = dialect or layout_of(path)
+    stored = storage.open_directory(path, dialect_named(name), options)
+    if name == "native":
+        config = MoeLoraConfig.from_dict(stored.raw)
+    else:
+        with opened(path, name, **options) as adapter:
+            config = adapter.config
+    tensors, metadata = stored.infos, stored.metadata
+    counts = {name: math.prod(t.shape) for name, t in tensors.items()}
     size = sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items())
-    dialect = detect(path)
-    return Inspection(dialect, config, routing_rule(config), tensors, sum(counts.values()), size, metadata)
+    return Inspection(name, config, routing_rule(config), tensors, sum(counts.values()), size, metadata)
 
 
 def bits(dtype: str) -> int:
@@ -86,10 +98,11 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         base: a Hugging Face model directory; its tensor names and shapes are compared with the adapter's.
     """
     try:
-        adapter = read(directory)
-        _, metadata = files.read_header(Path(directory) / files.WEIGHTS_NAME)
-        findings = [*_metadata_findings(metadata), *_value_findings(adapter)]
-        return findings + (list(_base_findings(adapter, Path(base))) if base is not None else [])
+        with opened(directory) as adapter:
+            path = Path(directory)
+            metadata = storage.open_directory(path, dialect_named(layout_of(path)), {}).metadata
+            findings = [*_metadata_findings(metadata), *_value_findings(adapter)]
+            return findings + (list(_base_findings(adapter, Path(base))) if base is not None else [])
     except (CheckpointError, ConfigError) as error:
         return [Finding("error", f"{error.what}: {problem}") for problem in error.problems] or [
             Finding("error", error.what)
@@ -107,12 +120,15 @@ def _metadata_findings(metadata: dict[str, str]) -> Iterator[Finding]:
 
 
 def _value_findings(adapter: Adapter) -> Iterator[Finding]:
-    for (module, role), tensor in sorted(adapter.tensors.items()):
+    is_zero = True
+    for (module, role), lazy in sorted(adapter.tensors.items()):
+        tensor = np.asarray(lazy)
+        is_zero &= role != "lora_B" or not tensor.tobytes().strip(b"\0")
         with np.errstate(invalid="ignore"):  # a signalling NaN, which is what is looked for
             bad = tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum())
         if bad:
             yield Finding("error", f"{module} {role}: {bad} of {tensor.size} values are NaN or infinite")
-    if not any(adapter.tensors[m, "lora_B"].tobytes().strip(b"\0") for m in adapter.modules):
+    if is_zero:
         yield Finding("note", "every lora_B is zero: the adapter does nothing yet")
 
 

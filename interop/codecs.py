@@ -7,6 +7,7 @@ from typing import Any
 from interop.config import ModuleConfig, MoeLoraConfig
 from interop.errors import ConfigError
 from interop.patterns import layer_of, pattern_for
+from interop.validation import LARGEST
 
 Values = dict[str, Any]
 Ours = Callable[[str, Any, Values, list[str]], None]
@@ -90,7 +91,7 @@ _OF_MODULE: dict[str, tuple[str, Callable[[ModuleConfig], Any]]] = {
 
 def _per_layer_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:
     layers = sorted({layer for m in modules if (layer := layer_of(m)) is not None})
-    last = max(layers, default=0)
+    last = _last(layers)
     values = value if isinstance(value, list) else [value] * (1 + last)
     if len(values) <= last or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise ConfigError(name, [f"{name}: found {value!r}, expected a number, or one for each of layers 0..{last}"])
@@ -106,7 +107,15 @@ def _per_layer_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> A
     if uneven := [layer for layer, values in of_layer.items() if len(values) > 1]:
         raise ConfigError(name, [f"{name}: differs within layer {uneven[0]}: {sorted(map(str, of_layer[uneven[0]]))}"])
     default = getattr(config, name)
-    return [next(iter(of_layer.get(layer, {default}))) for layer in range(1 + max(of_layer, default=0))]
+    return [next(iter(of_layer.get(layer, {default}))) for layer in range(1 + _last(of_layer))]
+
+
+def _last(layers: Collection[int]) -> int:
+    """The largest layer number, if a list with an entry for each is possible."""
+    last = max(layers, default=0)
+    if last > LARGEST:
+        raise ConfigError("a layer", [f"layer {last}: expected at most {LARGEST}"])
+    return last
 
 
 PER_LAYER = Codec(_per_layer_ours, _per_layer_theirs)
@@ -149,3 +158,18 @@ def _if_deep_ours(name: str, value: Any, ours: Values, modules: list[str]) -> No
 
 IF_DEEP = Codec(_if_deep_ours, lambda name, config, modules: getattr(config, name) or 2048)
 """Their width of the router's layers has a value even if there is only one layer (X-LoRA's default is 2048)."""
+
+
+def _last_parts_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
+    of_layer: dict[int | None, set[str]] = {}
+    for module in modules:
+        of_layer.setdefault(layer_of(module), set()).add(module.rpartition(".")[2])
+    everywhere = set().union(*of_layer.values())
+    if uneven := [layer for layer, parts in of_layer.items() if parts != everywhere]:
+        missing = ", ".join(sorted(everywhere - of_layer[uneven[0]]))
+        raise ConfigError(name, [f"{name}: layer {uneven[0]} lacks {missing}, this layout has the same in every layer"])
+    return sorted(everywhere)
+
+
+LAST_PARTS = Codec(_same_ours, _last_parts_theirs)
+"""Theirs knows modules by the last part of their path only, and skips any other name in silence."""

@@ -258,7 +258,10 @@ class MoeLoraConfig:
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ConfigError(
                 "written by a newer moe-lora-jax",
-                [f"format_version: found {version}, this release reads up to {FORMAT_VERSION}: upgrade moe-lora-jax"],
+                [
+                    f"format_version: found {version}, this release reads up to {FORMAT_VERSION}: upgrade moe-lora-jax "
+                    f"to a release that reads version {version}"
+                ],
             )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = [f"{k}: unknown field with value {v!r}" for k, v in data.items() if k not in known and v is not None]

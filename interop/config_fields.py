@@ -174,7 +174,7 @@ def _apply(read: Any, name: str, value: Any, ours: Values, modules: list[str], p
         read(name, value, ours, modules)
     except ConfigError as error:
         problems.extend(error.problems)
-    except (TypeError, KeyError, ValueError, IndexError):
+    except (TypeError, KeyError, ValueError, IndexError, ArithmeticError):
         problems.append(f"{name}: found {value!r}, which this layout cannot mean")
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from interop.checkpoint import read, write
+from interop.checkpoint import opened, write
 
 
 def convert(
@@ -19,9 +19,11 @@ def convert(
 ) -> None:
     """Reads `source` (layout `dialect`, or detected; options as for `read`) and writes it to `target` in layout `to`.
 
+    One tensor is in memory at a time, except with .bin and .npz files, which are read and written as a whole.
     `allow_loss` and `duplicates` as for `write`.
 
     Raises:
         CheckpointError, ConfigError: unreadable, or the target layout cannot express something.
     """
-    write(read(source, dialect, **options), target, to, allow_loss=allow_loss, duplicates=duplicates)
+    with opened(source, dialect, **options) as adapter:
+        write(adapter, target, to, allow_loss=allow_loss, duplicates=duplicates)

@@ -57,12 +57,14 @@ class Folders:
         listed_in: field of the main config that names the folders: a list, or an object {number: path}.
         main: folder of the main config; "" is the directory itself.
         name: template of a folder's name when writing.
+        outside: whether they may lie outside of the directory.
         sidecar: .npz file of further tensors, read if it exists or if an option of its name (without suffix) gives one.
     """
 
     listed_in: str
     main: str = ""
     name: str = "expert_{expert}"
+    outside: bool = False
     sidecar: str = ""
 
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 
+from interop.printable import printable
+
 
 class _ProblemList(Exception):
-    """An error with a headline and one line per problem."""
+    """An error with a headline and one line per problem; printing it is safe, whatever names a file has."""
 
     def __init__(self, what: str, problems: Sequence[str] = ()):
         self.what = what
         self.problems = tuple(problems)
-        super().__init__(what if not self.problems else "\n  - ".join([f"{what}:", *self.problems]))
+        lines = [f"{what}:", *self.problems] if self.problems else [what]
+        super().__init__("\n  - ".join(map(printable, lines)))
 
     def __reduce__(self):
         return type(self), (self.what, self.problems)

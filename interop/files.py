@@ -2,21 +2,27 @@
 
 import contextlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs to read it
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from xxhash import xxh3_128
 
+from interop import digest, lazy, limits
+from interop.digest import NAME as DIGEST
 from interop.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DTYPES = tuple(_DTYPE_NAMES.values())
+_NUMPY_NAMES = {stored: name for name, stored in _DTYPE_NAMES.items()}
+DTYPES = tuple(_NUMPY_NAMES)
 
 
 class TensorInfo(NamedTuple):
@@ -44,87 +50,137 @@ def read_json(path: Path) -> dict[str, Any]:
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
-    try:
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique, parse_constant=no_constant)
-    except FileNotFoundError:
-        raise CheckpointError("not a checkpoint", [f"{path}: missing file"]) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("unreadable JSON", [f"{path}: {error}"]) from error
+    with opened(path, "JSON") as file:
+        size = min(os.fstat(file.fileno()).st_size, limits.JSON_BYTES)
+        try:
+            data = limits.parsed_json(file.read(size + 1), parse_constant=no_constant)
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError("unreadable JSON", [f"{path}: {error}"]) from error
     if not isinstance(data, dict):
         raise CheckpointError("unreadable JSON", [f"{path}: found {type(data).__name__}, expected an object"])
     return data
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [k for k, _ in pairs]
-        raise ValueError(f"duplicate keys {[k for k in found if keys.count(k) > 1][:5]}")
-    return found
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """({name: dtype and shape}, metadata) without reading any tensor."""
+    with opened(path, "safetensors file") as file:
+        header, _ = _parsed_header(path, file)
+    metadata = header.pop("__metadata__", None)
+    return {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}, metadata or {}
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except FileNotFoundError:
-        raise CheckpointError("not a checkpoint", [f"{path}: missing file"]) from None
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError("unreadable safetensors file", [f"{path}: {error}"]) from error
+def open_tensors(path: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors of a safetensors file, each read when it is asked for (`interop.lazy`), while this file is open.
 
-
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """({name: dtype and shape}, metadata) without reading any tensor."""
-    _refuse_duplicates(path)
-    with _open(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        infos = {name: TensorInfo(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        return infos, dict(file.metadata() or {})
-
-
-def _refuse_duplicates(path: Path) -> None:
-    """The library keeps one of two entries of one name in silence. Everything else in the header it checks itself."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= min(os.path.getsize(path), 100_000_000) else b""
-        json.loads(text or b"{}", object_pairs_hook=_unique)
-    except FileNotFoundError:
-        raise CheckpointError("not a checkpoint", [f"{path}: missing file"]) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError("unreadable safetensors file", [f"{path}: header: {error}"]) from error
+    Raises:
+        CheckpointError: unreadable, or a tensor's dtype is not one of adapters. Reading a tensor may raise it, too.
+    """
+    with opened(path, "safetensors file") as file:
+        header, start = _parsed_header(path, file)
+        header.pop("__metadata__", None)
+        wrong = [
+            f"{name}: dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}"
+            for name, entry in header.items()
+            if entry["dtype"] not in DTYPES
+        ]
+        if wrong:
+            raise CheckpointError(f"unsupported tensors in {path}", wrong)
+        yield {
+            name: _on_disk(
+                file, start + entry["data_offsets"][0], np.dtype(_NUMPY_NAMES[entry["dtype"]]), tuple(entry["shape"])
+            )
+            for name, entry in header.items()
+        }
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file; only floating-point dtypes of adapters are accepted."""
-    infos, _ = read_header(path)
-    wrong = [
-        f"{n}: dtype {i.dtype}, expected one of {', '.join(DTYPES)}" for n, i in infos.items() if i.dtype not in DTYPES
-    ]
-    if wrong:
-        raise CheckpointError(f"unsupported tensors in {path}", wrong)
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in infos}
+    with open_tensors(path) as tensors:
+        return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+def opened(path: Path, what: str) -> BinaryIO:
+    """A regular file, opened: not a pipe, which would be waited for, nor a device, which may have no end."""
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except FileNotFoundError:
+        raise CheckpointError("not a checkpoint", [f"{path}: missing file"]) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"unreadable {what}", [f"{path}: {error}"]) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"unreadable {what}", [f"{path}: found a pipe or device, expected a regular file"])
+    return file
+
+
+def _parsed_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The header as it is written, and where the data begin. The library checks it; only that it keeps one of two
+    entries of one name in silence is left to us."""
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(min(length, limits.JSON_BYTES + 1)) if length <= os.fstat(file.fileno()).st_size else b""
+        header = limits.parsed_json(text or b"{}")
+        with safe_open(path, framework="numpy"):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return header, 8 + length
+            raise ValueError("the file was replaced while it was being opened")
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError("unreadable safetensors file", [f"{path}: {error}"]) from error
+
+
+def _on_disk(file: BinaryIO, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor whose bytes begin at `start`."""
+
+    def read() -> np.ndarray:
+        data = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        try:
+            file.seek(start)
+            found = file.readinto(data)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError("unreadable safetensors file", [f"{file.name}: {error}"]) from error
+        if found != data.size:
+            problem = f"{file.name}: found {found} bytes at {start}, expected {data.size}: the file has become shorter"
+            raise CheckpointError("unreadable safetensors file", [problem])
+        return data.view(dtype).reshape(shape)
+
+    each = math.prod(shape[1:]) * dtype.itemsize
+    return lazy.lazy_tensor(dtype, shape, read, lambda i: _on_disk(file, start + i * each, dtype, shape[1:]))
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state: xxh3_128 | None = None
+) -> None:
     """Writes a safetensors file: the same bytes for the same content, one tensor in memory at a time.
 
     Not `safetensors.numpy.save_file`: it writes wrong values for views, its metadata come in random order, and it holds
     the whole file in memory.
+
+    Args:
+        state: a digest's state before the tensors (`interop.digest`); the finished digest goes into the metadata.
     """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    names, end = sorted(tensors, key=lambda n: (-tensors[n].itemsize, n)), 0
-    for name in names:
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n)):
         tensor, start = tensors[name], end
         end += tensor.nbytes
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+    state = state.copy() if state is not None else None
+    start = len(_header(entries, metadata, state))
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = np.ascontiguousarray(tensors[name]).reshape(-1)
-            little = tensor.astype(tensor.dtype.newbyteorder("<")) if tensor.dtype.byteorder == ">" else tensor
-            file.write(little.view(np.uint8).data)
+        for name in sorted(tensors):  # the digest's order
+            data = lazy.raw(tensors[name])
+            file.seek(start + entries[name]["data_offsets"][0])
+            file.write(data)
+            if state is not None:
+                state.update(data)
+        file.seek(0)
+        file.write(_header(entries, metadata, state))
+
+
+def _header(entries: Mapping[str, Any], metadata: Mapping[str, str], state: xxh3_128 | None) -> bytes:
+    """The header with its length in front; as long before the digest is finished as after."""
+    signed = {**metadata, DIGEST: digest.text(state)} if state is not None else metadata
+    text = json.dumps({"__metadata__": dict(sorted(signed.items())), **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

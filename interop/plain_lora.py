@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from interop import files
 from interop.adapter import Adapter
 from interop.atomic import replace_files
 from interop.checkpoint import read, write
@@ -64,6 +65,9 @@ def read_plain_lora(directory: str | os.PathLike[str]) -> Adapter:
         CheckpointError, ConfigError: it is none, or has something that plain A and B do not express (DoRA, biases,
             modules_to_save, ...); each such field is named.
     """
+    config = files.existing_directory(directory) / files.CONFIG_NAME
+    if config.exists() and (found := files.read_json(config).get("peft_type")) != "LORA":
+        raise CheckpointError("not an ordinary LoRA", [f"{config}: peft_type: found {found!r}, expected 'LORA'"])
     return read(directory, PLAIN_LORA.name)
 
 

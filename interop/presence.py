@@ -182,11 +182,10 @@ def _target_problems(config: MoeLoraConfig, modules: list[str]) -> Iterator[str]
 def _gaps(modules: list[str], names: list[str]) -> Iterator[str]:
     """A target named by its last part is expected in every layer in which its kind of module or a sibling occurs."""
     found: dict[tuple[str, str], set[str]] = {}
+    endings = tuple(f".{name}" for name in names)
     for module in modules:
-        for name in names:
-            numbered = re.fullmatch(r"(.*?\.)(\d+)(\..*)", module)
-            if module != name and module.endswith(f".{name}") and numbered:
-                found.setdefault((numbered[1], numbered[3]), set()).add(numbered[2])
+        if module.endswith(endings) and (numbered := re.fullmatch(r"(.*?\.)(\d+)(\..*)", module)):
+            found.setdefault((numbered[1], numbered[3]), set()).add(numbered[2])
     layers: dict[str, set[str]] = {}
     for (prefix, _), numbers in found.items():
         layers.setdefault(prefix, set()).update(numbers)

@@ -33,15 +33,20 @@ def complete_prototypes(tensors: Canonical) -> Canonical:
     """Adds router rows by exact SVD where no stored prototypes were found; warns where PEFT's differ.
 
     Raises:
-        CheckpointError: some modules have stored prototypes and others do not.
+        CheckpointError: some modules have stored prototypes and others do not, or there are values without any.
     """
-    modules = [module for module, role in tensors if role == "lora_B" and (module, "lora_A") in tensors]
+    modules = [module for module, role in tensors if role == "lora_B" and _fit(tensors, module)]
     missing = [m for m in modules if (m, "router") not in tensors]
     if missing and len(missing) < len(modules):
         raise CheckpointError("the prototypes are not complete", [f"{m}: missing" for m in sorted(missing)])
     found, doubtful = dict(tensors), []
     for module in missing:
-        found[module, "router"], ratios = prototypes(tensors[module, "lora_A"], tensors[module, "lora_B"])
+        factors = (np.asarray(tensors[module, role]) for role in ("lora_A", "lora_B"))
+        try:
+            found[module, "router"], ratios = prototypes(*factors)
+        except np.linalg.LinAlgError:
+            problem = f"{module}: values that are NaN or infinite, which have no main direction"
+            raise CheckpointError("no prototypes", [problem]) from None
         doubtful += [f"{module} expert {e} ({r:.2f})" for e, r in enumerate(ratios) if r > DOMINANCE]
     if doubtful:
         warnings.warn(
@@ -51,3 +56,9 @@ def complete_prototypes(tensors: Canonical) -> Canonical:
             stacklevel=3,
         )
     return found
+
+
+def _fit(tensors: Canonical, module: str) -> bool:
+    """Whether the module's A and B can be multiplied; if not, it is said of them and not of their prototypes."""
+    a, b = (tensors[module, role].shape if (module, role) in tensors else () for role in ("lora_A", "lora_B"))
+    return len(a) == len(b) == 3 and a[:2] == (b[0], b[2]) and 0 not in (*a, *b)

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 from interop.dialect import Dialect
 from interop.dialects import FILE_DIALECTS, JAX_TREE
 from interop.errors import CheckpointError
+from interop.suggest import expected
 
 GROUP = "moe_lora.dialects"
 _registered: dict[str, Dialect] = {}
@@ -35,7 +36,7 @@ def dialect_named(name: str) -> Dialect:
     """
     known = _all()
     if name not in known:
-        raise CheckpointError("unknown layout", [f"found {name!r}, expected one of {', '.join(sorted(known))}"])
+        raise CheckpointError("unknown layout", [f"found {name!r}, {expected(name, known)}"])
     return known[name]
 
 

@@ -19,6 +19,8 @@ from typing import Literal
 
 import numpy as np
 
+from interop import lazy, limits
+
 # Canonical axes of every role. `rank` is the rank of ONE expert; experts of smaller rank are zero-padded.
 ROLES = {
     "lora_A": "expert rank in",
@@ -41,6 +43,7 @@ def axes_of(role: str) -> str:
     return ROLES[re.sub(r"_\d+$", "_{j}", role)]
 
 
+# here and below an array may be an `interop.lazy.Lazy`, which has what the rules use of an array
 Canonical = dict[tuple[str, str], np.ndarray]
 Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
 """Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
@@ -74,6 +77,10 @@ class Side:
         return tuple(itertools.chain.from_iterable(self.shape))
 
     @cached_property
+    def _ending(self) -> str:
+        return self.name.rpartition("}")[2]
+
+    @cached_property
     def regex(self) -> re.Pattern[str]:
         pattern = re.escape(re.sub(r"\*\d+}", "}", self.name))
         for field in self.fields:
@@ -83,7 +90,7 @@ class Side:
 
     def bind(self, name: str) -> dict[str, str] | None:
         """The placeholders' values in `name`, or None where it does not match."""
-        found = self.regex.fullmatch(name)
+        found = self.regex.fullmatch(name) if name.endswith(self._ending) else None  # the check alone is quick
         if found is None:
             return None
         bound = found.groupdict()
@@ -253,7 +260,7 @@ def _move_group(
             raise _Misfit(f"{_first(names)}: has {size} {axis}{'s' * (size != 1)}, this layout holds {expected}")
     for index in np.ndindex(array.shape[: len(unstacked)]):
         places = dict(zip(unstacked, index, strict=True))
-        part = _cut_rank(array[index], _first(names), target, places, known)
+        part = _cut_rank(array[index] if index else array, _first(names), target, places, known)
         shape = _joined(part.shape, target)
         yield target.format({**shared, **places}), part.reshape(shape)
 
@@ -275,7 +282,8 @@ def _stack(
     grid = list(itertools.product(*map(range, counts)))
     label = lambda index: source.format({**shared, **dict(zip(stacked, index, strict=True))})  # noqa: E731
     problems = [f"{label(i)}: missing tensor" for i in grid if i not in names]
-    problems += [f"{names[i]}: unexpected tensor, {stacked} counts to {counts}" for i in names if i not in set(grid)]
+    beyond = sorted(names.keys() - set(grid))
+    problems += [f"{names[i]}: unexpected tensor, {stacked} counts to {counts}" for i in beyond]
     if problems:
         raise _Misfit(*problems)
     parts = [tensors[names[i]] for i in grid]
@@ -286,14 +294,14 @@ def _stack(
         found = ", ".join(sorted({str(p.dtype) for p in parts}))
         raise _Misfit(f"{_first(names)}: the experts' dtypes differ ({found}), expected one dtype")
     shape = tuple(max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True))
-    out = np.zeros((len(parts), *shape), parts[0].dtype)
     for n, part in enumerate(parts):
         ragged = [d for d, axes in enumerate(source.shape) if part.shape[d] != shape[d] and axes != ("rank",)]
         if ragged:
             raise _Misfit(f"{names[grid[n]]}: shape {list(part.shape)}, expected {list(shape)} like its siblings")
-        place: tuple[int | slice, ...] = (n, *map(slice, part.shape))
-        out[place] = part
-    return out.reshape((*counts, *shape))
+    padded, stored = math.prod(shape) * len(parts) * parts[0].itemsize, sum(p.nbytes for p in parts)
+    if limits.is_inflated(padded, stored):
+        raise _Misfit(f"{_first(names)}: {stored} bytes of unequal ranks, which padded to one rank are {padded}")
+    return lazy.stack(parts, tuple(counts), shape)
 
 
 def _rank_problems(
@@ -322,7 +330,7 @@ def _split(
     for size, axes in zip(shape, side.shape, strict=True):
         parts = [_size(known, a) if len(axes) > 1 else size for a in axes]
         unknown = parts.count(None)
-        rest = int(np.prod([p for p in parts if p is not None], dtype=np.int64))
+        rest = math.prod(p for p in parts if p is not None)
         if unknown > 1 or (unknown == 0 and rest != size) or rest == 0 or size % rest:
             raise _Misfit(f"{_first(names)}: dimension ({' '.join(axes)}) has size {size}, expected {parts} multiplied")
         yield from (size // rest if p is None else p for p in parts)
@@ -335,7 +343,7 @@ def _size(known: Mapping[str, int | tuple[int, ...]], axis: str) -> int | None:
 
 def _joined(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
     sizes = iter(shape)
-    return tuple(int(np.prod([next(sizes) for _ in axes], dtype=np.int64)) for axes in side.shape)
+    return tuple(math.prod(next(sizes) for _ in axes) for axes in side.shape)
 
 
 def _cut_rank(
@@ -350,10 +358,10 @@ def _cut_rank(
     if "expert" not in places or "rank" not in side.atoms or not isinstance(ranks, tuple):
         return array
     rank, where = ranks[places["expert"]], side.atoms.index("rank")
-    if rank > array.shape[where] or np.count_nonzero(np.take(array, range(rank, array.shape[where]), axis=where)):
-        found = array.shape[where]
+    found, before = array.shape[where], (slice(None),) * where
+    if rank > found or (rank < found and np.count_nonzero(array[(*before, slice(rank, None))])):
         raise _Misfit(f"{name}: expert {places['expert']} has rank {rank} in the config, but values of rank {found}")
-    return np.take(array, range(rank), axis=where)
+    return array if rank == found else array[(*before, slice(rank))]
 
 
 def _first(names: dict[tuple[int, ...], str]) -> str:

@@ -7,14 +7,16 @@ the experts' configs are the list `experts` of the main config, their number its
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+from xxhash import xxh3_128
 
-from interop import files, torch_files
+from interop import files, lazy, limits, torch_files
 from interop.dialect import Dialect, Folders, lookup
 from interop.errors import CheckpointError
 from interop.files import TensorInfo
@@ -25,28 +27,34 @@ NPZ_NAME = "adapter_model.npz"
 
 
 class Stored:
-    """What a directory holds: `raw` config, `infos` {name: dtype and shape}, and `tensors()`."""
+    """What a directory holds: `raw` config, `infos` {name: dtype and shape}, `metadata`, and `tensors(...)`."""
 
     def __init__(self, raw: dict[str, Any], parts: Mapping[str, Path]):
         self.raw = raw
         self._parts = {prefix: path for prefix, path in parts.items() if path is not None}
         self._binary: dict[str, dict[str, np.ndarray]] = {}
         self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         for prefix, path in self._parts.items():
             if path.suffix == ".safetensors":
-                found = files.read_header(path)[0]
+                found, self.metadata = files.read_header(path)
             else:
                 self._binary[prefix] = read_npz(path) if path.suffix == ".npz" else torch_files.read(path)
                 found = {n: TensorInfo(t.dtype.name, t.shape) for n, t in self._binary[prefix].items()}
             self.infos.update({prefix + name: info for name, info in found.items()})
+        if absurd := limits.tensor_problems((name, info.shape) for name, info in self.infos.items()):
+            raise CheckpointError("unreadable tensors", absurd)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Every tensor, by its flat name."""
-        return {
-            prefix + name: tensor
-            for prefix, path in self._parts.items()
-            for name, tensor in (self._binary.get(prefix) or files.read_tensors(path)).items()
-        }
+    def tensors(self, sources: ExitStack) -> dict[str, np.ndarray]:
+        """Every tensor by its flat name; those of .safetensors are read when asked for, while `sources` is open."""
+        found: dict[str, np.ndarray] = {}
+        for prefix, path in self._parts.items():
+            if prefix in self._binary:
+                of_part = {name: lazy.in_memory(array) for name, array in self._binary[prefix].items()}
+            else:
+                of_part = sources.enter_context(files.open_tensors(path))
+            found |= {prefix + name: tensor for name, tensor in of_part.items()}
+        return found
 
 
 def open_directory(directory: Path, dialect: Dialect | None, options: Mapping[str, Any]) -> Stored:
@@ -69,7 +77,12 @@ def weights_path(directory: Path) -> Path:
     names = (files.WEIGHTS_NAME, BIN_NAME, NPZ_NAME)
     found = next((directory / n for n in names if (directory / n).exists()), None)
     if found is None:
-        raise CheckpointError("not a checkpoint", [f"{directory}: missing file, expected one of {', '.join(names)}"])
+        problems = [f"{directory}: missing file, expected one of {', '.join(names)}"]
+        if not (directory / files.CONFIG_NAME).exists():
+            problems.append(f"{directory / files.CONFIG_NAME}: missing file")
+        if (directory / "config.json").is_file():
+            problems.append(f"{directory} is a model's directory, expected an adapter's")
+        raise CheckpointError("not a checkpoint", problems)
     return found
 
 
@@ -85,11 +98,39 @@ def folders_in(directory: Path, folders: Folders) -> dict[str, Path] | None:
         named = {str(n): path for n, path in enumerate(listed)}
     else:
         return None
-    wrong = [f"{n}: {p!r}" for n, p in named.items() if not isinstance(p, str) or os.path.isabs(p) or "\0" in p]
+    wrong = len(named) > limits.FOLDERS or any(
+        not isinstance(p, str) or os.path.isabs(p) or not p.isprintable() for p in named.values()
+    )
     if wrong or sorted(named, key=lambda n: (len(n), n)) != [str(n) for n in range(len(named))]:
-        problem = f"{folders.listed_in}: found {listed!r}, expected relative folders numbered from 0"
+        problem = (
+            f"{folders.listed_in}: found {listed!r}, expected at most {limits.FOLDERS} relative folders numbered from 0"
+        )
+        raise CheckpointError(f"{main} does not name its experts", [problem])
+    places = {os.path.realpath(directory / path) for path in named.values()}
+    inside = os.path.join(os.path.realpath(directory), "")
+    if len(places) < len(named) or not (folders.outside or all(place.startswith(inside) for place in places)):
+        where = "" if folders.outside else f" inside {directory}"
+        problem = f"{folders.listed_in}: found {listed!r}, expected different folders{where}"
         raise CheckpointError(f"{main} does not name its experts", [problem])
     return {n: directory / path for n, path in named.items()}
+
+
+def names_in_folders(directory: Path, folders: Folders) -> list[str]:
+    """The files of a checkpoint with this kind of folders, as `store` names them; none if there is no main config."""
+    if not (directory / folders.main / files.CONFIG_NAME).is_file():
+        return []
+    try:
+        experts = folders_in(directory, folders)
+    except CheckpointError:
+        experts = None
+    if experts is None and not folders.main:
+        return []  # the config of another layout
+    named = (folders.name.format(expert=n) for n in experts or ())
+    ours = [name for name, path in zip(named, (experts or {}).values(), strict=True) if path == directory / name]
+    found = [
+        str(Path(part, name)) for part in (folders.main, *ours) for name in (files.CONFIG_NAME, files.WEIGHTS_NAME)
+    ]
+    return [*found, *([folders.sidecar] if folders.sidecar else [])]
 
 
 def _open_folders(directory: Path, folders: Folders, options: Mapping[str, Any]) -> Stored:
@@ -100,7 +141,7 @@ def _open_folders(directory: Path, folders: Folders, options: Mapping[str, Any])
     main = directory / folders.main
     raw = files.read_json(main / files.CONFIG_NAME)
     parts = {"main/": main / files.WEIGHTS_NAME} if (main / files.WEIGHTS_NAME).exists() else {}
-    missing = [f"expert {n}: {path} is no directory" for n, path in found.items() if not path.is_dir()]
+    missing = [f"expert {n}: {path} is no directory" for n, path in found.items() if not os.path.isdir(path)]
     if missing:
         raise CheckpointError("experts are missing", missing)
     raw["experts"] = [files.read_json(path / files.CONFIG_NAME) for path in found.values()]
@@ -109,20 +150,37 @@ def _open_folders(directory: Path, folders: Folders, options: Mapping[str, Any])
     if folders.sidecar:
         given = options.get(Path(folders.sidecar).stem)
         sidecar = Path(given) if given is not None else directory / folders.sidecar
-        if given is not None or sidecar.exists():
+        if given is not None or os.path.lexists(sidecar):
             parts["sidecar/"] = sidecar
     return Stored(raw, parts)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; no pickles."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise CheckpointError("missing file", [f"{path}: does not exist"]) from None
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError("unreadable .npz file", [f"{path}: {error}"]) from error
+    arrays: dict[str, np.ndarray] = {}
+    with files.opened(path, ".npz file") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                limits.check_archive(archive, os.fstat(file.fileno()).st_size)
+                for member in archive.namelist():
+                    with archive.open(member) as stored:
+                        array = np.lib.format.read_array(stored, allow_pickle=False)
+                    if array.dtype == "V2":  # what numpy writes for bfloat16, which it does not know
+                        array = array.view(ml_dtypes.bfloat16)
+                    arrays[member.removesuffix(".npy")] = array
+                if len(arrays) < len(archive.namelist()):
+                    raise ValueError("two arrays have one name")
+        except Exception as error:  # zipfile, its decompressors and numpy raise a dozen kinds for damaged files
+            raise CheckpointError("unreadable .npz file", [f"{path}: {error or type(error).__name__}"]) from error
+    return arrays
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """As numpy.savez, which takes some names for its own arguments; one array in memory at a time."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
 
 
 def store(
@@ -131,12 +189,13 @@ def store(
     raw: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     metadata: dict[str, str],
+    state: xxh3_128 | None = None,
 ) -> dict[str, Callable[[Path], None]]:
-    """{relative file name: function that writes it} for a directory in layout `dialect`."""
+    """{relative file name: function that writes it} for a directory in layout `dialect`; `state` as in `files`."""
     folders = dialect.folders
     if folders is None:
         config = {files.CONFIG_NAME: _json_writer(raw)} if dialect.config_file else {}
-        return {**config, dialect.weights: _tensor_writer(tensors, metadata, dialect.weights)}
+        return {**config, dialect.weights: _tensor_writer(tensors, metadata, dialect.weights, state)}
     writers: dict[str, Callable[[Path], None]] = {}
     main = {k: v for k, v in raw.items() if k not in ("experts", "num_experts")}
     names = [folders.name.format(expert=n) for n in range(raw["num_experts"])]
@@ -149,7 +208,7 @@ def store(
         writers[f"{name}/{files.WEIGHTS_NAME}"] = _tensor_writer(_under(tensors, f"{n}/"), metadata)
     prefix = f"{folders.main}/" if folders.main else ""
     if folders.sidecar and (sidecar := _under(tensors, "sidecar/")):
-        writers[folders.sidecar] = lambda path: np.savez(path, allow_pickle=False, **sidecar)
+        writers[folders.sidecar] = lambda path: write_npz(path, sidecar)
     if top := _under(tensors, "main/"):
         writers[f"{prefix}{files.WEIGHTS_NAME}"] = _tensor_writer(top, metadata)
     writers[f"{prefix}{files.CONFIG_NAME}"] = _json_writer(main)
@@ -179,8 +238,11 @@ def _json_writer(data: Mapping[str, Any]) -> Callable[[Path], None]:
 
 
 def _tensor_writer(
-    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], name: str = files.WEIGHTS_NAME
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    name: str = files.WEIGHTS_NAME,
+    state: xxh3_128 | None = None,
 ) -> Callable[[Path], None]:
     if name.endswith(".bin"):
         return lambda path: torch_files.write(path, tensors)
-    return lambda path: files.write_tensors(path, tensors, metadata)
+    return lambda path: files.write_tensors(path, tensors, metadata, state)

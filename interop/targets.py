@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from interop.errors import ConfigError
+from interop.patterns import match_start, matches
 
 ALL_LINEAR = "all-linear"
 
@@ -48,7 +49,7 @@ class Targets:
         """Whether `module` is targeted, taking it to be a linear layer."""
         if self.exclude_modules and _named(self.exclude_modules, module):
             return False
-        if any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in self.modules_to_save or ()):
+        if any(match_start(rf"(^|.*\.){m}($|\..*)", module) for m in self.modules_to_save or ()):
             return False
         if self.is_all_linear:
             return module not in heads
@@ -66,12 +67,13 @@ class Targets:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        matches = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in patterns)
-        return next((int(m[1]) for m in matches if m), None)
+        found_by = (match_start(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in patterns)
+        return next((int(m[1]) for m in found_by if m), None)
 
     def _unmatched(self, linears: list[str], chosen: list[str]) -> list[str]:
         if isinstance(self.target_modules, list):
-            found = [t for t in self.target_modules if any(_named([t], m) for m in linears)]
+            exact = set(linears)
+            found = {t for t in self.target_modules if t in exact or any(_named([t], m) for m in linears)}
             missing = [t for t in self.target_modules if t not in found]
             return missing or ([] if chosen else self.target_modules or ["[]"])
         return [] if chosen else [str(self.target_modules)]
@@ -79,8 +81,8 @@ class Targets:
 
 def _named(names: str | list[str], module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == n or module.endswith(f".{n}") for n in names)
+        return matches(names, module)
+    return module in names or any(module.endswith(f".{n}") for n in names)
 
 
 def _last_parts(linears: list[str]) -> str:

@@ -6,41 +6,46 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from interop import checks
+from interop.printable import printable
+from interop.verbs_convert import Layout, Options, parse_options
 
 
 def inspect(
     directory: Annotated[Path, tyro.conf.Positional],
     *,
+    dialect: Layout = None,
+    options: Options = (),
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> int:
-    """Describe a checkpoint: layout, routing rule, tensors. Reads headers only.
+    """Describe a checkpoint in any layout: routing rule, sizes, tensors. Reads headers only.
 
     Args:
         directory: The adapter's directory.
+        dialect: The layout; detected if not given.
+        options: What the layout does not record; VALUE is JSON or plain text. Repeatable.
         json_output: Print JSON instead of a table.
     """
-    found = checks.inspect(directory)
+    found = checks.inspect(directory, dialect, **parse_options(options))
     if json_output:
         print(json.dumps(found.to_dict(), indent=2, sort_keys=True))
         return 0
     console = Console()
     config = found.config
     for name, value in (
-        ("layout", f"{found.dialect}, format version {config.format_version}"),
+        ("layout", found.dialect + (f", format version {config.format_version}" if found.dialect == "native" else "")),
         ("base model", config.base_model_name_or_path or "not recorded"),
         ("experts", f"{config.num_experts} of rank {config.r}, lora_alpha {config.lora_alpha}"),
         ("routing", found.routing),
         ("size", f"{found.parameters:,} parameters, {found.bytes:,} bytes"),
     ):
-        console.print(f"[bold]{name:>10}[/]  {escape(str(value))}", highlight=False)
-    table = Table("tensor", "dtype", "shape")
-    for name, info in sorted(found.tensors.items()):
-        table.add_row(escape(name), info.dtype, str(list(info.shape)).replace("[", r"\["))
-    console.print(table)
+        console.print(Text.assemble((f"{name:>10}", "bold"), f"  {printable(str(value))}"), highlight=False)
+    rows = [(printable(name), info) for name, info in sorted(found.tensors.items())]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, info in rows:  # not a table of rich, which takes seconds for thousands of tensors
+        print(f"  {name:<{width}}  {info.dtype:<4}  {list(info.shape)}")
     return 0
 
 
@@ -57,12 +62,13 @@ def verify(
         base: A Hugging Face model directory that the adapter must fit.
         json_output: Print JSON instead of text.
     """
-    findings = checks.verify(directory, base)
+    with Console(stderr=True).status("checking"):
+        findings = checks.verify(directory, base)
     sound = all(f.level != "error" for f in findings)
     if json_output:
         print(json.dumps({"sound": sound, "findings": [f.__dict__ for f in findings]}, indent=2))
     else:
         for finding in findings:
-            print(f"{finding.level}: {finding.message}")
+            print(printable(f"{finding.level}: {finding.message}"))
         print("sound" if sound else "NOT sound")
     return 0 if sound else 1

@@ -35,6 +35,7 @@ def convert(
     options: Options = (),
     allow_loss: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     duplicates: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Convert an adapter from one layout to another. `moe-lora dialects` lists them.
 
@@ -46,13 +47,17 @@ def convert(
         options: What the source's layout does not record; VALUE is JSON or plain text. Repeatable.
         allow_loss: A config field that may be lost because the target cannot express it. Repeatable.
         duplicates: Also write the tensors that the target's own program stores twice.
+        quiet: Print nothing but errors.
     """
     if unknown := [f"allow_loss: {name!r} is no field of the config" for name in allow_loss if name not in _FIELDS]:
         raise ConfigError("invalid arguments", unknown)
-    layout = dialect or checkpoint.detect(source)
-    table = dialect_named(to)
-    adapter = checkpoint.read(source, layout, **parse_options(options))
-    checkpoint.write(adapter, require_empty(target), to, allow_loss=allow_loss, duplicates=duplicates)
+    with Console(stderr=True, quiet=quiet).status("converting"):
+        layout = dialect or checkpoint.detect(source)
+        table = dialect_named(to)
+        with checkpoint.opened(source, layout, **parse_options(options)) as adapter:
+            checkpoint.write(adapter, require_empty(target), to, allow_loss=allow_loss, duplicates=duplicates)
+    if quiet:
+        return
     print(f"{source} ({layout}) -> {target} ({to}): {len(adapter.tensors)} tensors")
     if to != "native" and (needed := options_of(table, adapter.config, adapter.modules)):
         values = " ".join(f"--option {name}='{json.dumps(value)}'" for name, value in needed.items())

@@ -16,6 +16,7 @@ from interop.export.gate_sources import Gates, gates_from_file, gates_of, unifor
 from interop.export.mixtral import export_mixtral
 from interop.gates import task_gates
 from interop.plain_lora import append_text
+from interop.printable import printable
 from interop.verbs_convert import Layout, Options, Source, Target, parse_options
 
 GROUP = "moe_lora.measures"
@@ -81,7 +82,7 @@ def export(
         notes = export_lora_experts(adapter, target)
     print(f"{target}: exported as {form}")
     for note in notes:
-        print(f"  - {note}")
+        print(printable(f"  - {note}"))
     if data is not None:
         report = measure("export_report")(adapter, target, base, data, max_length=max_length, task=task)
         print(report)

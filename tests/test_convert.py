@@ -1,5 +1,6 @@
 """`moe-lora convert` and `moe-lora dialects`."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_a_loss_is_an_error_that_names_the_field_unless_allowed(tmp_path):
     assert interop.read(tmp_path / "out").config.top_k is None
     with pytest.raises(interop.ConfigError, match="allow_loss: 'topk' is no field"):
         run(convert, tmp_path / "native", tmp_path / "x", "--to", "loramoe", "--allow-loss", "topk")
+
+
+def test_mixlora_names_targets_by_their_last_part(tmp_path):
+    """Its loaders skip any other name in silence, and the experts with it (mixlora 0.2.3, config.py)."""
+    adapter = interop.read(Peer("moe_peft/mixlora").directory)
+    interop.write(adapter, tmp_path / "out", "mixlora")
+    written = json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
+    assert sorted(written) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    partly = {slot: t for slot, t in adapter.tensors.items() if slot[0] != "model.layers.1.self_attn.q_proj"}
+    fewer = dataclasses.replace(adapter.config, target_modules=sorted({m for m, r in partly if r == "lora_B"}))
+    with pytest.raises(interop.ConfigError, match="target_modules: layer 1 lacks q_proj"):
+        interop.write(interop.Adapter(fewer, partly), tmp_path / "partly", "mixlora")
 
 
 def test_duplicates_are_written_on_request(tmp_path):

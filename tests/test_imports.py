@@ -66,7 +66,7 @@ print(*sorted(n for n in found if n in owners()))
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) == {"interop", "numpy", "safetensors", "ml_dtypes", "xxhash"}
+    assert set(done.stdout.split()) == {"interop", "numpy", "safetensors", "ml_dtypes", "regex", "xxhash"}
 
 
 def test_the_two_packages_share_one_config_class():

@@ -34,6 +34,6 @@ ARROW = Dialect(
     const={"peft_type": ("LORA",), "bias": ("none",), "arrow_config.use_gks": (False,)},
     ignore=INERT | {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"},
     options=(Option("prototypes", "an .npz file {module: [expert, in]} of the router's rows", default=None),),
-    folders=Folders("arrow_config.task_adapter_names", "arrow_router", "task_{expert}", "prototypes.npz"),
+    folders=Folders("arrow_config.task_adapter_names", "arrow_router", "task_{expert}", sidecar="prototypes.npz"),
     notes="|x.v|, top-k, then softmax; prototypes are not stored by PEFT: an option, a prototypes.npz, or exact SVD",
 )

@@ -1,5 +1,6 @@
 """MoE-PEFT and MixLoRA (arXiv:2404.15159): keys without PEFT's prefix; attention may be plain LoRA."""
 
+from interop.codecs import LAST_PARTS
 from interop.dialect import Dialect, Field
 from interop.dialects.common import INERT, LORA
 from interop.rules import Rule
@@ -9,7 +10,8 @@ _FIELDS = (
     Field("num_experts", "num_experts"),
     Field("r", "r"),
     Field("use_rslora", "use_rslora", default=False),
-    *LORA,
+    Field("target_modules", "target_modules", LAST_PARTS),
+    *(field for field in LORA if field.ours != "target_modules"),
 )
 _INERT = INERT | {"act_fn", "sparse_step", "router_init_range"}
 
