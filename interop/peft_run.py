@@ -46,7 +46,11 @@ def execute(command: Sequence[str]) -> int:
         ConfigError: the command is no Python script, module or installed Python program.
     """
     module, target, arguments = _parse(command)
-    import interop.peft_tuner  # noqa: F401
+    try:
+        import interop.peft_tuner  # noqa: F401
+    except ModuleNotFoundError as error:
+        problem = f"the package {error.name!r} is missing: pip install 'moe-lora-jax[torch]'"
+        raise ConfigError("the PEFT method cannot be registered", [problem]) from None
 
     if module:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does

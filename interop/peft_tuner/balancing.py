@@ -77,5 +77,5 @@ def _token_mean(values: Tensor, real: Tensor | None) -> Tensor:
     """Mean over the first axis of the real tokens, zero without any; by weights, because a selection of tokens would
     have a size that an accelerator and a compiler do not know beforehand."""
     if real is None:
-        return values.mean(0)
+        return values.sum(0) / max(len(values), 1)
     return torch.tensordot(real, values, dims=1) / real.sum().clamp(min=1)

@@ -50,7 +50,8 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         kept = torch.ones_like(scores, dtype=torch.bool) if tau is None else scores >= tau
     if is_softmax and config.norm_topk_prob and not config.adaptive_threshold:
         # the lowest finite number, not -inf: a row without any kept expert must not become NaN, nor its gradient
-        gates = z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1) * kept
+        gates = z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1)
+        gates = gates if tau is None else gates * kept
     else:
         weights = scores - tau if config.adaptive_threshold and tau is not None else scores
         gates = torch.where(kept, weights, 0.0)

@@ -129,7 +129,8 @@ class Linear(MoeLoraLayer):
         """
         config, module = self.moe_lora_config[adapter_name], self.moe_lora_module_config[adapter_name]
         lora_a, lora_b = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
-        tokens = x.reshape(-1, self.in_features)
+        # a 2-D x as it is: a view of it would have autograd add up its gradients in new memory
+        tokens = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         dropped = self._dropped(adapter_name, tokens)
         if not module.has_router:  # in the order of stock LoRA, to which this is bit-equal
             delta = F.linear(F.linear(dropped, lora_a[0]), lora_b[0]) * module.scalings[0]

@@ -36,6 +36,8 @@ def check_file(
         elif key in expected and tensor.shape != expected[key].shape:
             wanted = list(expected[key].shape)
             problems.append(f"{file_name(PREFIX + key)}: shape {list(tensor.shape)}, expected {wanted}")
+        elif key in expected and not (tensor.is_floating_point() and tensor.itemsize > 1):
+            problems.append(f"{file_name(PREFIX + key)}: {tensor.dtype}, expected float32, bfloat16 or float16")
     if problems:
         raise CheckpointError(f"the file does not fit the config and the model (adapter {adapter_name!r})", problems)
     return {k: v for k, v in found.items() if k in expected}

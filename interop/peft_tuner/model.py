@@ -1,6 +1,5 @@
 """The tuner: finds the target layers, wraps them, and carries PEFT's verbs."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from interop.config import PATTERNS
 from interop.errors import ConfigError
+from interop.patterns import match_start
 from interop.peft_tuner.checks import check_adapter_name, check_fit
 from interop.peft_tuner.config import MoeLoraConfig
 from interop.peft_tuner.expert_parameters import warn_of_untouched_experts
@@ -197,7 +197,7 @@ def _warn_of_unused_patterns(config: MoeLoraConfig, model: nn.Module, adapter_na
     if config.scope == "ffn":
         paths |= {block_of(module) for module in paths}
     for field in ("num_experts_pattern", "top_k_pattern"):
-        unused = [k for k in getattr(config, field) if not any(re.match(rf"(.*\.)?({k})$", p) for p in paths)]
+        unused = [k for k in getattr(config, field) if not any(match_start(rf"(.*\.)?({k})$", p) for p in paths)]
         if unused:
             warnings.warn(
                 f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",

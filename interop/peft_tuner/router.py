@@ -125,7 +125,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             if j:
                 x = F.dropout(F.relu(x), config.router_dropout, self.training)
             x = linear(x)
-        logits = x / config.router_temperature
+        logits = x if config.router_temperature == 1 else x / config.router_temperature
         if config.n_splits > 1 or config.layerwise:
             logits = logits.unflatten(-1, (-1, module.num_experts))
         routing = route(logits, config, module.top_k, tau)
@@ -136,7 +136,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def weights(self, adapter_name: str, gates: Tensor) -> Tensor:
         """routed_scaling_factor g, with expert_dropout in training."""
         config = self.moe_lora_config[adapter_name]
-        return config.routed_scaling_factor * F.dropout(gates, config.expert_dropout, self.training)
+        gates = F.dropout(gates, config.expert_dropout, self.training)
+        return gates if config.routed_scaling_factor == 1 else gates * config.routed_scaling_factor
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: see `MERGE_REFUSAL`."""

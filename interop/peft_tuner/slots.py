@@ -52,8 +52,8 @@ class Slots(NamedTuple):
     def mix(self, x: Tensor) -> Tensor:
         """sum_s g_s x_s: x [slot or 1, token, in] -> [*lead, in]."""
         weights = self.gates.T if self.chosen is None else (self.chosen * self.gates).sum(-1)
-        slots = x.expand(len(weights), -1, -1)
-        return torch.einsum("sti,st->ti", slots, weights.to(x.dtype)).unflatten(0, self.lead)
+        slots = x.expand(len(weights), -1, -1).transpose(0, 1)  # as torch.matmul takes it without a copy; einsum copies
+        return (weights.T.to(x.dtype)[:, None] @ slots)[:, 0].unflatten(0, self.lead)
 
     def gated_sum(self, x: Tensor, a: Tensor, b: Tensor, scalings: tuple[float, ...]) -> Tensor:
         """sum_s g_s s_e B_e A_e x_s, e the expert in slot s: x [slot or 1, token, in] -> [*lead, out]."""
