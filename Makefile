@@ -5,13 +5,14 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint docs bench peft-suite peft-suite-quick zero3 clean
+.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers peft-suite peft-suite-quick trust fuzz zero3 compat package audit clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
 
+# with the first two notebooks; the other two take longer (make notebooks)
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests notebooks/01*.ipynb notebooks/02*.ipynb
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -24,12 +25,34 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	touch $@
 
+# the long form of the robustness tests: faults, kills, flipped bits, hostile files; what was tried is counted at the end
+trust: .venv/installed
+	$(BIN)/python -m pytest tests/test_trust_*.py --full
+
+# atheris looks for bytes that reach new code in the readers; it is installed beside the project
+fuzz: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target build/atheris atheris==3.0.0
+	mkdir -p build/fuzz-corpus
+	PYTHONPATH=.:build/atheris $(BIN)/python tools/fuzz.py --minutes 10 build/fuzz-corpus
+
 # PEFT's own tests, run against this method
 peft-suite: .venv/installed
 	$(BIN)/python tools/peft_suite.py
 
 peft-suite-quick: .venv/installed
 	$(BIN)/python tools/peft_suite.py --quick
+
+# the round trips with the oldest versions that pyproject.toml claims, and with the newest; each has an environment of its own
+compat: .venv/installed
+	$(BIN)/nox -s compat
+
+# the wheel, alone and with each extra in a clean environment
+package: .venv/installed
+	$(BIN)/nox -s package
+
+# needs the network
+audit: .venv/installed
+	$(BIN)/nox -s audit
 
 # DeepSpeed is no dependency of the tests: this installs it beside them and runs its one
 zero3: .venv/installed
@@ -41,8 +64,24 @@ zero3: .venv/installed
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-bench: .venv/installed
-	$(BIN)/python -m benchmarks.layer
+# the notebooks, from top to bottom: a claim that no longer holds fails. New outputs: make notebooks-outputs
+notebooks: .venv/installed
+	$(BIN)/python -m pytest --nbmake notebooks
+
+notebooks-outputs: export TQDM_DISABLE = 1
+notebooks-outputs: export PYTHONWARNINGS = ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated
+notebooks-outputs: .venv/installed
+	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+
+# every CPU benchmark, one table
+bench: .venv/installed bench-peers
+	$(BIN)/python -m benchmarks --markdown build/bench.md
+
+# MixLoRA's own package, installed beside the project to be compared with
+bench-peers: build/bench-peers/mixlora
+
+build/bench-peers/mixlora: | .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target build/bench-peers mixlora==0.2.3
 
 clean:
 	rm -rf .venv quickstart_output build dist *.egg-info

@@ -1,17 +1,23 @@
 """`moe-lora VERB ...`: finds the verb among the entry points `moe_lora.verbs`, parses its arguments, calls it.
 
 A verb is a function with typed arguments and a docstring. It is imported only when it is called, so that `moe-lora
-inspect` needs neither jax nor torch. Exit codes: 0 done, 1 the verb says no, 2 wrong use or bad input, 130 interrupted.
+inspect` needs neither jax nor torch.
 """
 
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from interop.errors import CheckpointError, ConfigError
+from interop.suggest import expected
+from interop.verb_file import with_file
 
 GROUP = "moe_lora.verbs"
+EXIT_CODES = """exit codes: 0 done
+            1 the verb says no: an adapter is not sound, two outputs differ
+            2 wrong use or bad input, with the reasons on stderr
+            130 interrupted; `train` has saved a checkpoint and says how to continue"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,30 +26,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = {point.name: point for point in entry_points(group=GROUP)}
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: moe-lora VERB ...\n\nverbs: {', '.join(sorted(verbs))}\n\n`moe-lora VERB --help` explains one.")
+        print(f"\n{EXIT_CODES}")
         return 0 if args else 2
     if args[0] not in verbs:
-        print(f"moe-lora: unknown verb {args[0]!r}, expected one of {', '.join(sorted(verbs))}", file=sys.stderr)
+        print(f"moe-lora: unknown verb {args[0]!r}, {expected(args[0], verbs)}", file=sys.stderr)
         return 2
+    point = verbs[args[0]]
     try:
-        verb = verbs[args[0]].load()
+        verb = point.load()
     except ModuleNotFoundError as error:
-        print(f"moe-lora {args[0]} needs the package {error.name!r}: pip install 'moe-lora-jax[all]'", file=sys.stderr)
-        return 2
+        return _say_missing(point, error)
     import tyro
 
     try:
-        code = tyro.cli(verb, prog=f"moe-lora {args[0]}", args=args[1:]) or 0
+        code = tyro.cli(verb, prog=f"moe-lora {args[0]}", args=with_file(verb, args[1:])) or 0
         sys.stdout.flush()
         return code
     except (CheckpointError, ConfigError) as error:
         print(f"moe-lora {args[0]}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if not point.extras:  # then it is not a verb of ours that misses it, but a script that `run` runs
+            raise
+        return _say_missing(point, error)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: nothing is left half-written; the same command starts again", file=sys.stderr)
         return 130
+
+
+def _say_missing(point: EntryPoint, error: ModuleNotFoundError) -> int:
+    extra = ",".join(point.extras) or "all"  # declared in pyproject.toml, in brackets behind the verb
+    advice = f"pip install 'moe-lora-jax[{extra}]'"
+    print(f"moe-lora {point.name} needs the package {error.name!r}: {advice}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

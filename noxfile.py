@@ -1,0 +1,79 @@
+"""Checks that need environments of their own, each made by venv and pip: `make compat`, `make package`, `make audit`.
+
+uv is not used: it does not see wheels that pip finds by its own configuration, such as a CPU build of torch.
+"""
+
+import shutil
+import tomllib
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+
+ROOT = Path(__file__).parent
+ROUND_TRIPS = ("test_golden", "test_files", "test_checkpoint", "test_parity", "test_cli")
+EXTRAS = ("", "jax", "torch", "all")
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def lower_bounds() -> list[str]:
+    """What pyproject.toml claims, as pins: `jax>=0.10,<0.11` gives jax==0.10. The tools of the tests stay free."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = map(Requirement, [*project["dependencies"], *extras["jax"], *extras["torch"], *extras["train"]])
+    return sorted({f"{r.name}=={s.version}" for r in requirements for s in r.specifier if s.operator == ">="})
+
+
+def torch_pin() -> str:
+    """The torch of constraints.txt: any other would bring CUDA."""
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    return next(line for line in lines if line.startswith("torch=="))
+
+
+@nox.session
+@nox.parametrize("versions", ["oldest", "newest"])
+def compat(session: nox.Session, versions: str) -> None:
+    """The round trips with the oldest versions that pyproject.toml claims, and with the newest that it allows."""
+    pins = Path(session.create_tmp()) / f"{versions}.txt"
+    pins.write_text("\n".join([*(lower_bounds() if versions == "oldest" else []), torch_pin()]), "utf-8")
+    upgrade = () if versions == "oldest" else ("--upgrade", "--upgrade-strategy", "eager")
+    session.install(*upgrade, "-c", str(pins), ".[train,torch]", "hypothesis", "pytest")
+    session.run("python", "-m", "pip", "list")
+    # other versions warn of other things; that the numbers and files are the same is what is tested here
+    tests = [f"tests/{name}.py" for name in ROUND_TRIPS]
+    session.run("python", "-m", "pytest", "-W", "default", *tests, *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The wheel and the source distribution, into dist/."""
+    session.install("-c", "constraints.txt", "build", "twine")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would pack what was deleted since
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, sorted((ROOT / "dist").iterdir())))
+
+
+@nox.session(requires=["build"])
+@nox.parametrize("extra", EXTRAS)
+def package(session: nox.Session, extra: str) -> None:
+    """The wheel in a clean environment with one extra: what is there works, and the rest says what to install."""
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install("-c", "constraints.txt", f"moe-lora-jax[{extra}] @ {wheel.as_uri()}")
+    script, goldens = ROOT / "tools" / "check_installed.py", ROOT / "tests" / "golden"
+    session.chdir(session.create_tmp())  # not the checkout: nothing but the wheel can be imported
+    session.run("python", "-W", "error", str(script), extra, str(goldens), env=ENVIRONMENT)
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """No licence of a dependency binds users to the GPL, and no pinned version is known to be vulnerable (network)."""
+    session.install("-c", "constraints.txt", "pip-audit", "pip-licenses")
+    session.run(
+        "pip-licenses", "--python", str(ROOT / ".venv/bin/python"), "--partial-match", "--fail-on=GPL", silent=True
+    )
+    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "-r", "constraints.txt")
