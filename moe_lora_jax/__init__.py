@@ -1,5 +1,8 @@
 """Mixture-of-LoRA-experts fine-tuning in Flax NNX: apply, train, save, load."""
 
+from typing import TYPE_CHECKING, Any
+
+from interop import __version__ as __version__
 from interop.config import MoeLoraConfig
 from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
 from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
@@ -9,6 +12,10 @@ from moe_lora_jax.filters import experts_only, router_only
 from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.router import Router, RouterOutput
+from moe_lora_jax.summary import summary
+
+if TYPE_CHECKING:
+    from moe_lora_jax.report import plot_router
 
 __all__ = [
     "CausalLM",
@@ -23,8 +30,18 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_base_model",
+    "plot_router",
     "remove_moe_lora",
     "router_only",
     "save_pretrained",
+    "summary",
     "to_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot_router":  # the only one that needs matplotlib
+        from moe_lora_jax.report import plot_router
+
+        return plot_router
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """Reading JSONL, tokenizing the three forms, and batching."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from interop.errors import CheckpointError
 from moe_lora_jax.train.batches import TrainBatches, bucket_lengths, collate, eval_batches
-from moe_lora_jax.train.data import Example, read_data, split_data
+from moe_lora_jax.train.data import Example, read_data, split_by, split_data
 from moe_lora_jax.train.errors import DataError
 from moe_lora_jax.train.tokenizer import load_tokenizer, prompt_ids
 
@@ -235,6 +236,17 @@ def test_split_is_a_partition_that_depends_on_the_seed_alone(tmp_path):
     assert len(split_data(data, 0.001, seed=1)[1].examples) == 1
     with pytest.raises(DataError, match="20 examples, of which eval_fraction 0.99 takes 20"):
         split_data(data, 0.99, seed=1)
+
+
+def test_split_by_a_key_of_the_lines(tmp_path):
+    keys = [{"topic": "a"}, {"topic": 3}, {}, {"topic": "a"}]
+    data = read_data(write(tmp_path, *({"text": "a b", **key} for key in keys)), tokenizer(), max_length=9)
+    parts = split_by(replace(data, examples=data.examples[::-1]), "topic")
+    assert {value: [e.line for e in part.examples] for value, part in parts.items()} == {
+        "a": [1, 4],
+        "3": [2],
+        "all": [3],
+    }
 
 
 def test_digest_changes_with_any_token_or_mask(tmp_path):

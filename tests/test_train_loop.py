@@ -18,6 +18,7 @@ import interop
 import moe_lora_jax as mlj
 from moe_lora_jax.train import loop as loop_module
 from moe_lora_jax.train.errors import TrainingError
+from moe_lora_jax.train.evaluate import evaluate
 from moe_lora_jax.train.loop import train
 from moe_lora_jax.train.settings import TrainSettings
 
@@ -91,6 +92,49 @@ def test_the_base_is_unchanged_bit_for_bit_and_the_model_usable(straight):
         np.testing.assert_array_equal(trained[path], value, err_msg=path)
     assert model(jnp.ones((1, 3), int)).shape == (1, 3, 64)
     assert np.any(np.asarray(model(jnp.ones((1, 3), int))) != np.asarray(tiny_model(**NOISY)(jnp.ones((1, 3), int))))
+
+
+def test_on_eval_gets_the_adapter_of_its_step_which_stays_valid(straight, tmp_path):
+    out, _, reference = straight
+    seen = {}
+
+    def look(step, model):
+        seen[step] = evaluate(model, token_data(3, seed=9)), nnx.clone(model)
+
+    result = train(
+        tiny_model(**NOISY), DATA, tmp_path, settings(eval_every=2), eval_data=token_data(3, seed=9), on_eval=look
+    )
+    assert seen.keys() == {0, 2, 4, 6} and seen[0][0] != seen[6][0]
+    assert {step: loss for step, (loss, _) in seen.items()} == pytest.approx(dict(result.eval_losses), rel=1e-5)
+    early, last = (mlj.to_adapter(seen[step][1]).tensors for step in (2, 6))
+    for slot, tensor in interop.read(out).tensors.items():  # and looking changes nothing
+        np.testing.assert_array_equal(last[slot], tensor)
+        assert np.any(early[slot] != tensor)
+    assert reference.eval_losses[6] == result.eval_losses[6]
+
+
+def test_the_localized_loss_is_left_out_or_refused(tmp_path):
+    data, few = token_data(4), settings(steps=1)
+    with pytest.raises(TrainingError, match="router_aux_loss_coef: found 0.1 with router_aux_loss 'localized'"):
+        train(tiny_model(router_aux_loss="localized", router_aux_loss_coef=0.1), data, tmp_path, few)
+    model, plain = tiny_model(router_aux_loss="localized"), tiny_model()
+    train(model, data, tmp_path / "localized", few)
+    train(plain, data, tmp_path / "none", few)
+    for slot, tensor in mlj.to_adapter(plain).tensors.items():
+        np.testing.assert_array_equal(mlj.to_adapter(model).tensors[slot], tensor)
+
+
+def test_evaluate_is_the_mean_over_all_counted_tokens_without_dropout():
+    model, data = tiny_model(**NOISY), token_data(5, seed=3)
+    nll = []
+    for example in data.examples:
+        logits = np.asarray(model(jnp.asarray(example.ids[None]))[0], np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        at = np.flatnonzero(example.counted[1:]) + 1
+        nll += (-log_p[at - 1, example.ids[at]]).tolist()
+    model.train()
+    assert evaluate(model, data, batch_size=2) == pytest.approx(np.mean(nll), rel=1e-5)
+    assert model.model.layers[0].self_attn.q_proj.deterministic is False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -204,7 +248,7 @@ with RunDirectory(sys.argv[1], {"a": 1}, resume=False):
 """
 
 
-def test_two_processes_cannot_share_a_directory_and_a_dead_one_leaves_no_lock(tmp_path):
+def test_two_processes_cannot_share_a_directory_and_a_dead_one_leaves_no_lock(tmp_path, tally):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "locked\n"
@@ -213,9 +257,10 @@ def test_two_processes_cannot_share_a_directory_and_a_dead_one_leaves_no_lock(tm
         holder.kill()
     with pytest.raises(TrainingError, match="already holds a run"):  # past the lock
         train(tiny_model(), DATA, tmp_path, settings())
+    tally("second runs refused a directory", tried=1, lost=0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tally):
     model = tiny_model()
     embedding = model.model.embed_tokens.embedding
     embedding[...] = embedding[...].at[7].set(jnp.nan)
@@ -234,6 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "adapter_config.json").exists()
     for path, value in arrays(model, mlj.MoeLoraParam).items():
         np.testing.assert_array_equal(value, before[path])
+    tally("runs stopped at a loss that is not finite", tried=1, lost=0)
 
 
 def test_a_collapse_is_warned_of_once(tmp_path, caplog):

@@ -13,6 +13,7 @@ from moe_lora_jax.models.rope import RopeConfig
 from moe_lora_jax.models.rope_fields import read_ropes
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 1024  # several times what any model has: each is built before the files are compared with it
 
 # Fields that change what a model computes and that only these values leave alone, in any family.
 _ONLY_INERT: Mapping[str, tuple[Any, ...]] = {
@@ -88,7 +89,7 @@ class DecoderConfig:
             if fields.get(name) not in inert:
                 fields.refuse(name, f"{fields.get(name)!r} is not supported")
 
-        layers = fields.integer("num_hidden_layers")
+        layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
         hidden_size, head_dim, heads, key_value_heads = _widths(fields)
         qkv_bias, output_bias, mlp_bias = _biases(fields, family)
         windows, kinds = _windows(fields, family, layers)
@@ -131,9 +132,11 @@ class DecoderConfig:
 
 def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
     architectures = config.get("architectures") or []
-    if len(architectures) == 1 and architectures[0] in FAMILIES:
-        return architectures[0], FAMILIES[architectures[0]]
-    raise ConfigError("unsupported model", [f"architectures: {architectures!r}, supported: {sorted(FAMILIES)}"])
+    for name, family in FAMILIES.items():
+        if architectures == [name]:
+            return name, family
+    hint = "in PyTorch, the PEFT method MOE_LORA takes any model: import interop.peft_tuner"
+    raise ConfigError("unsupported model", [f"architectures: {architectures!r}, supported: {sorted(FAMILIES)}", hint])
 
 
 def _widths(fields: Fields) -> tuple[int, int, int, int]:
@@ -168,7 +171,7 @@ def _biases(fields: Fields, family: Family) -> tuple[bool, bool, bool]:
 
 def _activation(fields: Fields, family: Family) -> str:
     name = fields.get(family.activation_field)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         fields.refuse(family.activation_field, f"{name!r} is not supported, only {sorted(ACTIVATIONS)}")
     return name
 
@@ -184,7 +187,9 @@ def _windows(fields: Fields, family: Family, layers: int) -> tuple[tuple[int | N
     """Per layer: the window, and the attention kind (which also selects the rotary parameters)."""
     kinds = family.layer_types(fields, layers)
     stated = fields.get("layer_types")
-    if stated is not None and tuple(stated) != kinds:
+    if stated is not None and not (isinstance(stated, list | tuple) and all(isinstance(kind, str) for kind in stated)):
+        fields.refuse("layer_types", f"must be a list of names, got {stated!r}")
+    elif stated is not None and tuple(stated) != kinds:
         if not family.reads_layer_types:
             fields.refuse("layer_types", f"this architecture has {sorted(set(kinds))} layers only")
         elif len(stated) != layers or not set(stated) <= {FULL, SLIDING}:

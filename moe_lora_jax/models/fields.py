@@ -1,6 +1,5 @@
 """Typed access to config.json that collects every problem instead of stopping at the first."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +24,14 @@ class Fields:
         """The value stated in the file, else the family's default, else None."""
         return self.values.get(field)
 
-    def integer(self, field: str, *, minimum: int = 1) -> int:
-        """An integer of at least `minimum`, which stands in for a wrong one."""
+    def integer(self, field: str, *, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        """An integer in this range; `minimum` stands in for a wrong one."""
         value = self.get(field)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.refuse(field, f"must be an integer >= {minimum}, got {value!r}")
+            return minimum
+        if value > maximum:
+            self.refuse(field, f"must be at most {maximum}, got {value}")
             return minimum
         return value
 
@@ -37,7 +39,7 @@ class Fields:
         """Zero, one or several token ids: null, an integer or a list; () stands in for a wrong one."""
         value = self.get(field)
         ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
             self.refuse(field, f"must be null, a token id or a list of them, got {value!r}")
             return ()
         return tuple(ids)
@@ -65,4 +67,4 @@ class Fields:
 
 def is_positive_number(value: Any) -> bool:
     """True for a finite int or float above zero (bool excluded)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e300

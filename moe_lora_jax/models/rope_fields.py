@@ -29,7 +29,7 @@ def _read_kind(fields: Fields, family: Family, kind: str) -> RopeConfig:
     theta_field = "rope_local_base_freq" if family.rope_per_kind and kind == SLIDING else "rope_theta"
     theta = _agreeing(fields, theta_field, where, table, "rope_theta")
     rope_type = table.get("rope_type") or table.get("type") or "default"
-    if rope_type not in _PARAMETERS:
+    if not isinstance(rope_type, str) or rope_type not in _PARAMETERS:
         _refuse_once(fields, f"{where}.rope_type", f"{rope_type!r} is not supported, only {sorted(_PARAMETERS)}")
         return RopeConfig(theta=1.0)
 
@@ -73,7 +73,11 @@ def _stated_table(fields: Fields, family: Family, kind: str) -> tuple[str, Mappi
         return "rope_parameters", {}
     if not nested:
         return "rope_parameters", new
-    return f"rope_parameters.{kind}", new.get(kind) or {}
+    of_kind = new.get(kind) or {}
+    if not isinstance(of_kind, Mapping):
+        _refuse_once(fields, f"rope_parameters.{kind}", f"must be an object, got {of_kind!r}")
+        of_kind = {}
+    return f"rope_parameters.{kind}", of_kind
 
 
 def _agreeing(fields: Fields, outer: str, where: str, table: Mapping[str, Any], inner: str) -> Any:

@@ -1,6 +1,5 @@
 """A directory's safetensors files as one mapping from key to tensor. Headers first; tensors one at a time."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from interop.errors import CheckpointError
+from interop.files import opened, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: absent, unreadable, not JSON or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}", [str(error)]) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"cannot read {path}", [f"an object is expected, found {type(value).__name__}"])
-    return value
 
 
 class WeightFiles(ExitStack):
@@ -58,10 +43,14 @@ class WeightFiles(ExitStack):
 
     def _open(self) -> None:
         index = self._index()
-        problems = []
+        problems: list[str] = []
         for name in [SINGLE] if index is None else sorted(set(index.values())):
             try:
+                opened(self.directory / name, "safetensors file").close()  # a pipe or device would be waited for
                 handle = self.enter_context(safe_open(self.directory / name, framework="numpy"))
+            except CheckpointError as error:
+                problems.extend(error.problems)
+                continue
             except (OSError, SafetensorError) as error:
                 problems.append(f"{name}: {error}")
                 continue

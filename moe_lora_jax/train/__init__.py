@@ -1,8 +1,9 @@
 """Training a mixture-of-LoRA adapter: data, losses, optimizer, a functional step, and the loop with exact resume."""
 
 from moe_lora_jax.filters import experts_only, router_only
-from moe_lora_jax.train.data import TokenData, read_data, split_data
+from moe_lora_jax.train.data import TokenData, read_data, split_by, split_data
 from moe_lora_jax.train.errors import DataError, TrainingError
+from moe_lora_jax.train.evaluate import evaluate
 from moe_lora_jax.train.loop import TrainResult, train
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
@@ -18,6 +19,7 @@ __all__ = [
     "TrainSettings",
     "TrainingError",
     "adamw",
+    "evaluate",
     "experts_only",
     "load_balancing_loss",
     "load_tokenizer",
@@ -28,6 +30,7 @@ __all__ = [
     "read_data",
     "router_only",
     "router_z_loss",
+    "split_by",
     "split_data",
     "split_model",
     "train",

@@ -1,15 +1,23 @@
 """Checkpoints of a run, with orbax: everything that a bit-identical continuation needs."""
 
+import json
+import logging
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from xxhash import xxh3_128
 
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class Snapshot(NamedTuple):
@@ -43,30 +51,32 @@ class Checkpoints:
         """Writes a checkpoint, unless there is one of this step, and removes the oldest ones."""
         if snapshot.step == self.latest:
             return
-        parts = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(_flatten(snapshot)), position=ocp.args.JsonSave(snapshot.position)
-        )
+        arrays = _flatten(snapshot)
+        position = {"data": snapshot.position, "digest": _digest(snapshot.step, arrays, snapshot.position)}
+        parts = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), position=ocp.args.JsonSave(position))
         self._manager.save(snapshot.step, args=parts)
 
     def restore(self, like: Snapshot) -> Snapshot:
-        """The newest snapshot, in the structure of `like`.
+        """The newest snapshot that is not damaged, in the structure of `like`.
+
+        Newer ones that are damaged are moved to folders `damaged-STEP-*` beside the checkpoints, with a warning.
 
         Raises:
-            TrainingError: there is none, it is damaged, or it holds other arrays (each is listed).
+            TrainingError: there is none, all are damaged, or it holds other arrays (each is listed).
         """
-        if self.latest is None:
-            raise TrainingError("nothing to resume", [f"{self._manager.directory}: no checkpoint"])
+        directory = Path(self._manager.directory)
+        damage: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                arrays, position = self._read(step)
+                break
+            except Exception as error:  # orbax raises Exception itself, and for some flipped bits AttributeError
+                damage[step] = f"{directory / str(step)}: {_first_line(error)}"
+        else:
+            if not damage:
+                raise TrainingError("nothing to resume", [f"{directory}: no checkpoint"])
+            raise TrainingError("damaged checkpoint", list(damage.values()))
         wanted = _flatten(like)
-        try:
-            stored = self._manager.restore(
-                self.latest,
-                args=ocp.args.Composite(arrays=ocp.args.StandardRestore(), position=ocp.args.JsonRestore()),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            where = self._manager.directory / str(self.latest)
-            problems = [f"{where}: {error}", "remove that folder to resume from the checkpoint before it"]
-            raise TrainingError("damaged checkpoint", problems) from error
-        arrays = stored["arrays"]
         problems = [f"{name}: missing" for name in wanted if name not in arrays]
         problems += [f"{name}: unexpected" for name in arrays if name not in wanted]
         problems += [
@@ -76,7 +86,35 @@ class Checkpoints:
         ]
         if problems:
             raise TrainingError("the checkpoint is of another run", problems)
-        return _unflatten(like, arrays)._replace(step=self.latest, position=stored["position"])
+        for bad, reason in damage.items():
+            aside = tempfile.mkdtemp(prefix=f"damaged-{bad}-", dir=directory.parent)
+            os.rename(directory / str(bad), aside)
+            logger.warning("damaged checkpoint, resuming from step %d before it: %s; moved to %s", step, reason, aside)
+        if damage:
+            self._manager.reload()
+        return _unflatten(like, arrays)._replace(step=step, position=position)
+
+    def _read(self, step: int) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        parts = ocp.args.Composite(arrays=ocp.args.StandardRestore(), position=ocp.args.JsonRestore())
+        stored = self._manager.restore(step, args=parts)
+        arrays, position = stored["arrays"], stored["position"]
+        expected, found = position["digest"], _digest(step, arrays, position["data"])
+        if expected != found:
+            raise ValueError(f"digest: the checkpoint says {expected}, its content gives {found}")
+        return arrays, position["data"]
+
+
+def _digest(step: int, arrays: dict[str, jax.Array], position: dict[str, Any]) -> str:
+    """xxh3-128 over everything in a checkpoint: orbax does not notice every flipped bit."""
+    described = [[name, str(array.dtype), list(array.shape)] for name, array in sorted(arrays.items())]
+    state = xxh3_128(json.dumps([step, position, described], sort_keys=True).encode())
+    for _, array in sorted(arrays.items()):
+        state.update(np.ascontiguousarray(jax.device_get(array)).reshape(-1).view(np.uint8).data)
+    return f"xxh3-128:{state.hexdigest()}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _flatten(snapshot: Snapshot) -> dict[str, jax.Array]:

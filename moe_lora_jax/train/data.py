@@ -1,5 +1,6 @@
 """From a JSONL file to token sequences. Every bad line is named; nothing is cut or dropped without a word."""
 
+import json
 import os
 import zlib
 from dataclasses import dataclass
@@ -127,6 +128,15 @@ def split_data(data: TokenData, fraction: float, seed: int) -> tuple[TokenData, 
         tuple(e for i, e in enumerate(data.examples) if (i in chosen) == is_chosen) for is_chosen in (False, True)
     )
     return TokenData(data.file, train, data.truncated, data.dropped), TokenData(data.file, evaluation)
+
+
+def split_by(data: TokenData, key: str) -> dict[str, TokenData]:
+    """The examples by the value that their lines in the file have at `key`; "all" where there is none."""
+    lines = _read_lines(data.file)
+    found: dict[str, list[Example]] = {}
+    for example in sorted(data.examples, key=lambda e: e.line):
+        found.setdefault(str(json.loads(lines[example.line - 1]).get(key, "all")), []).append(example)
+    return {value: TokenData(data.file, tuple(examples)) for value, examples in found.items()}
 
 
 def _read_lines(path: Path) -> list[bytes]:

@@ -3,12 +3,14 @@
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
@@ -24,7 +26,7 @@ from moe_lora_jax.train.optimizer import adamw, warmup_cosine
 from moe_lora_jax.train.progress import progress_bar, stop_signals
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
-from moe_lora_jax.train.step import StepMetrics, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step, merge_back, split_model
 from moe_lora_jax.train.window import Window
 
 
@@ -35,6 +37,7 @@ class TrainResult:
     step: optimizer steps done, of total_steps.
     losses: {step: next-token loss} as logged, nats per token.
     eval_losses: {step: the same on the evaluation data}; step 0 is before training.
+    stopped_by: the signal that ended it early, SIGTERM or SIGINT.
     """
 
     output_dir: Path
@@ -42,6 +45,7 @@ class TrainResult:
     total_steps: int
     losses: Mapping[int, float]
     eval_losses: Mapping[int, float]
+    stopped_by: signal.Signals | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -56,6 +60,7 @@ def train(
     settings: TrainSettings,
     *,
     eval_data: TokenData | None = None,
+    on_eval: Callable[[int, nnx.Module], Any] | None = None,
     pad_id: int = 0,
     console: Console | None = None,
 ) -> TrainResult:
@@ -66,7 +71,9 @@ def train(
 
     Args:
         model: with an adapter (`apply_moe_lora` or `load_adapter`).
-        data, eval_data: from `read_data`.
+        data: from `read_data`.
+        eval_data: likewise; None does not evaluate.
+        on_eval: called after every evaluation with the step and the model, which carries the adapter of that step.
         output_dir: for the adapter, and a folder `training` for the rest (see `run_dir`).
         settings: see `TrainSettings`.
         pad_id: the token that padding is made of; it is masked.
@@ -79,9 +86,16 @@ def train(
     config = getattr(model, "moe_lora_config", None)
     if config is None:
         raise TrainingError("nothing to train", ["the model has no adapter: call apply_moe_lora or load_adapter first"])
+    if config.router_aux_loss == "localized" and config.router_aux_loss_coef != 0:
+        problem = (
+            f"router_aux_loss_coef: found {config.router_aux_loss_coef} with router_aux_loss 'localized', expected 0"
+        )
+        raise TrainingError(
+            "cannot train", [f"{problem}: that loss needs samples marked by type, the data has no marks"]
+        )
     if config.router_input == "task":
         raise TrainingError("cannot train", ["router_input: found 'task', expected 'hidden': the data has no task ids"])
-    loop = _Loop(model, config, data, settings, eval_data, pad_id)
+    loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
     warn_of_routers_that_cannot_learn(config)
     identity = {
         "settings": settings.fixed(),
@@ -91,7 +105,8 @@ def train(
         "eval_data": eval_data.digest if eval_data is not None else None,
     }
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(RunDirectory(output_dir, identity, resume=settings.resume))
+        directory = RunDirectory(output_dir, identity, resume=settings.resume, tensorboard=settings.tensorboard)
+        run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
         loop.start(run, checkpoints)
@@ -100,7 +115,7 @@ def train(
             loop.advance(show)
         loop.save()
         merge_back(model, loop.state, loop.frozen)
-        result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses)
+        result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses, stop.number)
         if result.is_finished:
             save_pretrained(model, output_dir)
         return result
@@ -116,9 +131,10 @@ class _Loop:
         data: TokenData,
         settings: TrainSettings,
         eval_data: TokenData | None,
+        on_eval: Callable[[int, nnx.Module], Any] | None,
         pad_id: int,
     ):
-        self.config = config
+        self.model, self.config, self.on_eval = model, config, on_eval
         self.data, self.eval_data, self.settings, self.pad_id = data, eval_data, settings, pad_id
         self.total_steps = settings.total_steps(len(data.examples))
         self.schedule = warmup_cosine(settings.learning_rate, settings.warmup_steps, self.total_steps)
@@ -187,6 +203,10 @@ class _Loop:
             nll, counted = nll + float(sums.nll), counted + float(sums.counted_tokens)
         self.eval_losses[self.step] = nll / counted
         self.run.log({"step": self.step, "eval_loss": self.eval_losses[self.step], "eval_tokens": int(counted)})
+        if self.on_eval is not None:
+            copied = jax.tree.map(jnp.copy, (self.state.trainable, self.state.rng))  # the next step donates these
+            merge_back(self.model, TrainState(copied[0], self.state.opt_state, copied[1]), self.frozen)
+            self.on_eval(self.step, self.model)
 
     def save(self) -> None:
         self.checkpoints.save(self._snapshot())

@@ -123,9 +123,9 @@ def router_z_loss(router: Mapping[str, RouterOutput], attention_mask: jax.Array 
 
 
 def _token_mean(values: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """Mean over [batch, seq, ...] of the real tokens."""
+    """Mean over [batch, seq, ...] of the real tokens, zero without any."""
     if attention_mask is None:
-        return jnp.mean(values, axis=(0, 1))
+        return jnp.sum(values, axis=(0, 1)) / max(values.shape[0] * values.shape[1], 1)
     real = (attention_mask > 0).astype(jnp.float32)
     total = jnp.tensordot(real, values, axes=2)
     return total / jnp.maximum(jnp.sum(real), 1.0)

@@ -29,19 +29,26 @@ def progress_bar(console: Console, total: int, start: int) -> Iterator[Show]:
         yield lambda step, loss, speed: bar.update(task, completed=step, text=f"loss {loss:.4f}  {speed:,.0f} tokens/s")
 
 
+class Stop(threading.Event):
+    """Set by a signal; `number` is which."""
+
+    number: signal.Signals | None = None
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[Stop]:
     """Yields an event that SIGTERM or Ctrl-C sets, so that the loop can save and end. A second one acts as usual.
 
     Outside the main thread Python allows no handlers, and the event is never set.
     """
-    stop = threading.Event()
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handle(number: int, frame: object) -> None:
+        stop.number = signal.Signals(number)
         stop.set()
         signal.signal(number, before[signal.Signals(number)])
 

@@ -3,6 +3,7 @@
 OUT/adapter_config.json, adapter_model.safetensors, README.md      the result, written at the end
 OUT/training/run.json            settings, adapter config and data, which a continuation must share
 OUT/training/metrics.jsonl       one line per logged step
+OUT/training/tensorboard/        the same numbers for TensorBoard, if asked for
 OUT/training/checkpoints/STEP/   orbax: adapter, optimizer, rng, position in the data
 """
 
@@ -18,9 +19,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from interop.atomic import replace_text
 from moe_lora_jax.train.errors import TrainingError
+from moe_lora_jax.train.events import Events
 
-FOLDER = "training"
+FOLDER, METRICS = "training", "metrics.jsonl"
 
 
 class RunDirectory:
@@ -30,20 +33,29 @@ class RunDirectory:
         output_dir: created if missing.
         identity: JSON values that say what the run is; those of a continuation must be equal.
         resume: continue the run that is there.
+        tensorboard: also write the metrics as TensorBoard events.
 
     Raises:
         TrainingError: another run holds it; it holds a run and resume is false, or none and resume is true; or the run
             there is another one (each difference is listed).
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], identity: Mapping[str, Any], *, resume: bool):
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        tensorboard: bool = False,
+    ):
         self.output_dir = Path(output_dir)
         self.identity = json.loads(json.dumps(identity))
-        self.resume = resume
+        self.resume, self.tensorboard = resume, tensorboard
         self.folder = self.output_dir / FOLDER
         self.checkpoints = self.folder / "checkpoints"
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
+        self._events: Events | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -60,17 +72,18 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._metrics, self._lock):
+        for file in (self._events, self._metrics, self._lock):
             if file is not None:
                 file.close()  # closing gives up the lock
 
     def open_metrics(self, step: int) -> list[dict[str, Any]]:
         """Opens metrics.jsonl for a run that stands after `step`: later lines are removed, the others returned."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        kept = [record for line in lines if (record := _record(line)) and record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
+        path = self.folder / METRICS
+        kept = [record for record in read_metrics(self.output_dir) if record["step"] <= step]
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._metrics = path.open("a", encoding="utf-8")
+        if self.tensorboard:
+            self._events = Events(self.folder / "tensorboard", kept)
         return kept
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -78,6 +91,8 @@ class RunDirectory:
         assert self._metrics is not None, "open_metrics comes first"
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
+        if self._events is not None:
+            self._events.add(record)
 
     def _take_lock(self) -> None:
         assert self._lock is not None
@@ -97,10 +112,10 @@ class RunDirectory:
         if not path.exists():
             if self.resume:
                 raise TrainingError("nothing to resume", [f"{self.output_dir}: no run has started there"])
-            path.write_text(json.dumps(self.identity, indent=2) + "\n", "utf-8")
+            replace_text(path, json.dumps(self.identity, indent=2) + "\n")
             return
         if not self.resume:
-            problem = f"{self.output_dir}: already holds a run; resume it, or choose another output_dir"
+            problem = f"{self.output_dir}: already holds a run; resume it (--resume), or choose another output_dir"
             raise TrainingError("a run would be overwritten", [problem])
         try:
             stored = json.loads(path.read_text("utf-8"))
@@ -110,6 +125,13 @@ class RunDirectory:
         if problems:
             problems.append("use the settings of the run, or start a new one with init_adapter")
             raise TrainingError("not the same run, so it cannot be continued bit for bit", problems)
+
+
+def read_metrics(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of OUT/training/metrics.jsonl, without one that a crash cut off; empty if there is no such file."""
+    path = Path(output_dir, FOLDER, METRICS)
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [record for line in lines if (record := _record(line))]
 
 
 def base_fingerprint(base: nnx.State) -> str:

@@ -9,7 +9,7 @@ from interop.errors import ConfigError
 from moe_lora_jax.filters import Part
 
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
-FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "resume")
+FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class TrainSettings:
         checkpoint_every: steps between checkpoints; None writes one at the end only (and on SIGTERM or Ctrl-C).
         keep_checkpoints: how many; older ones are removed.
         log_every: steps between lines of metrics.jsonl.
+        tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in the output directory, with the same settings and data: bit-identical.
 
     Raises:
@@ -51,6 +52,7 @@ class TrainSettings:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     log_every: int = 10
+    tensorboard: bool = False
     resume: bool = False
 
     def __post_init__(self) -> None:

@@ -160,5 +160,7 @@ def _losses(logits: jax.Array, router: Any, batch: Batch, config: MoeLoraConfig 
     lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
     if config is None:
         return lm, jnp.zeros(()), jnp.zeros(())
-    balance = load_balancing_loss(router, config, batch.attention_mask)
+    # the localized loss needs samples marked by type, which a batch has not: it can only be left out
+    is_left_out = config.router_aux_loss == "localized" and config.router_aux_loss_coef == 0
+    balance = jnp.zeros(()) if is_left_out else load_balancing_loss(router, config, batch.attention_mask)
     return lm, balance, router_z_loss(router, batch.attention_mask)

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from interop.errors import CheckpointError
+from interop.files import CONFIG_NAME
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     """The tokenizer in a model directory (transformers' AutoTokenizer, offline).
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: no such directory, no tokenizer in it, or it cannot be read.
     """
+    if not Path(directory).is_dir():
+        hint = f"models are read from local directories; to fetch one: hf download {directory} --local-dir DIR"
+        raise CheckpointError("no such model", [f"{directory}: not a directory", hint])
+    if Path(directory, CONFIG_NAME).is_file() and not Path(directory, "config.json").is_file():
+        raise CheckpointError("no model", [f"{directory} is an adapter's directory, expected a model's"])
     known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if not any(Path(directory, name).is_file() for name in known):
         raise CheckpointError(f"no tokenizer in {directory}", [f"expected {' or '.join(known)} beside config.json"])

@@ -37,6 +37,7 @@ def generate(
     """
     import jax
     import jax.numpy as jnp
+    from rich.console import Console
 
     from moe_lora_jax.checkpoint import load_adapter
     from moe_lora_jax.models import generate as decode
@@ -54,9 +55,10 @@ def generate(
         ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise ConfigError("nothing to continue", ["prompt: found no tokens, expected at least one"])
-    base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
-    if adapter is not None:
-        load_adapter(base, adapter, dialect=dialect)
+    with Console(stderr=True).status("reading the model"):
+        base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
+        if adapter is not None:
+            load_adapter(base, adapter, dialect=dialect)
     try:
         tokens = decode(
             base,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moe_lora_jax.models import CausalLM
-    from moe_lora_jax.train.data import Example
+    from moe_lora_jax.train.data import Example, TokenData
 
 MARKER = ".made_by_quickstart"
 BATCH_SIZE = 16
@@ -70,14 +70,14 @@ def quickstart(
 
     from moe_lora_jax.apply import apply_moe_lora
     from moe_lora_jax.models import load_base_model
-    from moe_lora_jax.train.data import read_data, split_data
+    from moe_lora_jax.train.data import read_data, split_by, split_data
     from moe_lora_jax.train.loop import train
     from moe_lora_jax.train.settings import TrainSettings
     from moe_lora_jax.train.tokenizer import load_tokenizer
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if model is None or data is None:
-        model, data = _make_base_and_data(output_dir, seed, console)
+        model, data = make_base_and_data(output_dir, seed, console)
     tokenizer = load_tokenizer(model)
     base = load_base_model(model, dtype="float32")
     examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
@@ -96,7 +96,7 @@ def quickstart(
         return
     before, after = result.eval_losses[0], result.eval_losses[result.step]
     console.print(f"loss on held-out examples: {before:.3f} before, {after:.3f} after {steps} steps")
-    topics = _by_topic(data, eval_data.examples)
+    topics = split_by(eval_data, "topic")
     _show_answers(base, tokenizer, topics, console)
     _show_experts(base, topics, pad_id, console)
     console.print(f"saved in {adapter}")
@@ -113,13 +113,21 @@ def _claim(output_dir: Path) -> None:
     (output_dir / MARKER).touch()
 
 
-def _make_base_and_data(output_dir: Path, seed: int, console: "Console") -> tuple[Path, Path]:
+def make_base_and_data(output_dir: Path, seed: int = 0, console: "Console | None" = None) -> tuple[Path, Path]:
+    """Makes output_dir/base, a small Llama with a tokenizer, and output_dir/data/topics.jsonl, questions with answers.
+
+    Returns:
+        The two paths, for `load_base_model` and `read_data`.
+    """
+    from rich.console import Console
+
     from moe_lora_jax.data.topics import questions, sentences
     from moe_lora_jax.train.progress import progress_bar
     from moe_lora_jax.verbs.small_base import make_small_base
 
+    console = console or Console(quiet=True)
     base, data = output_dir / "base", output_dir / "data" / "topics.jsonl"
-    data.parent.mkdir()
+    data.parent.mkdir(parents=True)
     data.write_text("".join(json.dumps(q._asdict()) + "\n" for q in questions(QUESTIONS_PER_TOPIC, seed)), "utf-8")
     texts, steps = sentences(SENTENCES_PER_TOPIC, seed), PRETRAINING_STEPS
     console.print(f"making a small Llama in {base}: a tokenizer and {steps} training steps on plain sentences")
@@ -129,16 +137,7 @@ def _make_base_and_data(output_dir: Path, seed: int, console: "Console") -> tupl
     return base, data
 
 
-def _by_topic(data: Path, examples: "Sequence[Example]") -> "dict[str, list[Example]]":
-    """The examples by the key "topic" of their lines; "all" where there is none."""
-    lines = data.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    topics: dict[str, list[Any]] = {}
-    for example in sorted(examples, key=lambda e: e.line):
-        topics.setdefault(str(json.loads(lines[example.line - 1]).get("topic", "all")), []).append(example)
-    return topics
-
-
-def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, list[Example]]", console: "Console") -> None:
+def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, TokenData]", console: "Console") -> None:
     """What the model now says to the first held-out prompt of each topic; nothing where there are no prompts."""
     import jax.numpy as jnp
     import numpy as np
@@ -146,7 +145,8 @@ def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, list[Exa
     from moe_lora_jax.models import generate
     from moe_lora_jax.train.tokenizer import end_ids
 
-    prompts = [e.ids[: e.counted.argmax()] for examples in topics.values() for e in examples[:1] if not e.counted[0]]
+    first = [data.examples[0] for data in topics.values()]
+    prompts = [e.ids[: e.counted.argmax()] for e in first if not e.counted[0]]
     if not prompts:
         return
     ids = np.zeros((len(prompts), max(len(p) for p in prompts)), np.int32)
@@ -162,7 +162,7 @@ def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, list[Exa
             console.print(mark + " ".join(tokenizer.decode(part, skip_special_tokens=True).split()))
 
 
-def _show_experts(model: "CausalLM", topics: "dict[str, list[Example]]", pad_id: int, console: "Console") -> None:
+def _show_experts(model: "CausalLM", topics: "dict[str, TokenData]", pad_id: int, console: "Console") -> None:
     from moe_lora_jax.verbs.expert_table import expert_table, gate_shares, topic_information
 
     shares = gate_shares(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id)

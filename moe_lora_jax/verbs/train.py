@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import interop
 from interop.config import MoeLoraConfig
 from interop.errors import ConfigError
 from interop.files import read_json
+from interop.verb_file import write_file
 from moe_lora_jax.train.settings import TrainSettings
 
 
@@ -20,7 +22,7 @@ def train(
     output_dir: Path,
     *,
     r: int | list[int] = MoeLoraConfig.r,
-    lora_alpha: float | list[float] = MoeLoraConfig.lora_alpha,
+    lora_alpha: int | float | list[int | float] = MoeLoraConfig.lora_alpha,
     num_experts: int = MoeLoraConfig.num_experts,
     top_k: int | None = MoeLoraConfig.top_k,
     target_modules: tuple[str, ...] = ("all-linear",),
@@ -48,12 +50,17 @@ def train(
     log_every: int = TrainSettings.log_every,
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
     seed: int = TrainSettings.seed,
+    tensorboard: bool = TrainSettings.tensorboard,
     resume: bool = TrainSettings.resume,
-) -> None:
+    config: Path | None = None,
+    quiet: bool = False,
+) -> int | None:
     """Trains an adapter and writes it where PEFT and moe-lora can read it.
 
-    OUTPUT_DIR gets the adapter (adapter_config.json, adapter_model.safetensors) and a folder `training` with metrics
-    and checkpoints. SIGTERM or Ctrl-C saves a checkpoint; --resume continues from it as if nothing had happened.
+    OUTPUT_DIR gets the adapter (adapter_config.json, adapter_model.safetensors), a folder `training` with metrics and
+    checkpoints, and train.yaml: `--config OUTPUT_DIR/train.yaml --output-dir ANOTHER` does the same again, on one
+    machine to the bit. SIGTERM (exit code 0) or Ctrl-C (130) saves a checkpoint; --resume continues from it as if
+    nothing had happened.
 
     Args:
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
@@ -88,9 +95,16 @@ def train(
         log_every: steps between lines of training/metrics.jsonl.
         dtype: of the base model.
         seed: of the initial adapter, dropout and data order.
+        tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in output_dir.
+        config: YAML with any of these flags, as {name: value}; flags on the command line win.
+        quiet: print nothing but errors and warnings.
     """
     values = dict(locals())
+    if config is not None:
+        raise ConfigError(
+            "invalid arguments", ["config: read by the command line only, expected the values themselves"]
+        )
     settings = TrainSettings(**{f.name: values[f.name] for f in dataclasses.fields(TrainSettings)})
     problems = []
     if not 0 <= eval_fraction < 1:
@@ -102,9 +116,10 @@ def train(
     if problems:
         raise ConfigError("invalid arguments", problems)
     fields = _adapter_fields(values)
-    config = MoeLoraConfig.from_dict(fields) if init_adapter is None else None
+    adapter = MoeLoraConfig.from_dict(fields) if init_adapter is None else None
 
     from flax import nnx
+    from rich.console import Console
 
     from moe_lora_jax.apply import apply_moe_lora
     from moe_lora_jax.checkpoint import load_adapter
@@ -113,41 +128,52 @@ def train(
     from moe_lora_jax.train.loop import train as run
     from moe_lora_jax.train.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
-    vocabulary = base.config.vocab_size
-    train_data = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary)
-    eval_data = None
-    if eval_file is not None:
-        eval_data = read_data(eval_file, tokenizer, max_length=max_length, vocab_size=vocabulary)
-    elif eval_fraction:
-        train_data, eval_data = split_data(train_data, eval_fraction, seed)
-    print(train_data.describe())
+    console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+    progress = Console(stderr=True, quiet=quiet)
+    with progress.status("reading the model and the data"):
+        tokenizer = load_tokenizer(model)
+        base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
+        vocabulary = base.config.vocab_size
+        train_data = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary)
+        eval_data = None
+        if eval_file is not None:
+            eval_data = read_data(eval_file, tokenizer, max_length=max_length, vocab_size=vocabulary)
+        elif eval_fraction:
+            train_data, eval_data = split_data(train_data, eval_fraction, seed)
+    console.print(train_data.describe())
     if eval_data is not None:
-        print(f"evaluation: {eval_data.describe()}")
+        console.print(f"evaluation: {eval_data.describe()}")
 
-    if config is not None:
-        apply_moe_lora(base, config, rngs=nnx.Rngs(seed))
+    if adapter is not None:
+        apply_moe_lora(base, adapter, rngs=nnx.Rngs(seed))
     else:
         assert init_adapter is not None
         start = interop.read(init_adapter, init_dialect)
         start = dataclasses.replace(start, config=dataclasses.replace(start.config, **fields))
         load_adapter(base, start, rngs=nnx.Rngs(seed))
-    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=tokenizer.pad_token_id or 0)
+    if not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
+        write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
+    pad_id = tokenizer.pad_token_id or 0
+    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=progress)
 
     if not result.is_finished:
         print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
         print(f"  {_resume_command()}")
-        return
+        return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
     if result.losses:
         first, last = min(result.losses), max(result.losses)
-        print(f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})")
+        console.print(
+            f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})"
+        )
     if result.eval_losses:
         first, last = min(result.eval_losses), max(result.eval_losses)
-        print(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
-    print(f"adapter saved in {output_dir}")
+        console.print(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
+    console.print(f"adapter saved in {output_dir}")
+    return None
 
 
+CONFIG_NAME = "train.yaml"
+NOT_REPEATED = ("config", "resume", "quiet")
 # The flags that describe the adapter; those that matter in training only may change what an initial adapter brings.
 TRAINING_FLAGS = ("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef")
 ADAPTER_FLAGS = ("r", "lora_alpha", "num_experts", "top_k", "target_modules", *TRAINING_FLAGS)

@@ -1,0 +1,21 @@
+"""Pictures of an adapter: what its routers do, how its experts differ, how its training went.
+
+Needs matplotlib: `pip install 'moe-lora-jax[report]'`. Every function returns a matplotlib figure.
+"""
+
+from moe_lora_jax.report.curves import plot_balance, plot_entropy, plot_losses
+from moe_lora_jax.report.heat_maps import plot_router, plot_similarity, plot_topics
+from moe_lora_jax.report.similarity import delta_similarity
+from moe_lora_jax.router_statistics import RouterStatistics, router_statistics
+
+__all__ = [
+    "RouterStatistics",
+    "delta_similarity",
+    "plot_balance",
+    "plot_entropy",
+    "plot_losses",
+    "plot_router",
+    "plot_similarity",
+    "plot_topics",
+    "router_statistics",
+]

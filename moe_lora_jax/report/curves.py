@@ -1,0 +1,102 @@
+"""Lines over layers and over training steps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from moe_lora_jax.projections import by_projection
+from moe_lora_jax.report.style import COLOURS, INK, WIDTH, figure, line_looks
+from moe_lora_jax.router_statistics import RouterStatistics
+
+Records = Sequence[Mapping[str, Any]]
+"""Lines of training/metrics.jsonl."""
+
+
+def plot_entropy(statistics: RouterStatistics, *, top_k: int | None = None) -> Figure:
+    """How many experts a token's gates are spread over, by layer: mean of -sum_e g log g, divided by log E.
+
+    Args:
+        statistics: from `router_statistics`.
+        top_k: experts per token, if the same everywhere; a line then shows log k / log E, the most that it allows.
+    """
+    grid = by_projection(statistics.entropy)
+    mean = sum(statistics.entropy.values()) / len(statistics.entropy)
+    title = f"Entropy of a token's gates: {mean:.2f} on average; 0 is one expert per token, 1 is all experts alike"
+    with figure(WIDTH, 3.0, title) as made:
+        axes = made.subplots()
+        for look, (name, layers) in zip(line_looks(len(grid)), grid.items(), strict=True):
+            places = [0 if layer is None else layer for layer in layers]
+            axes.plot(places, [statistics.entropy[m] for m in layers.values()], label=name, **look)
+        experts = {len(shares) for shares in statistics.shares.values()}
+        if top_k is not None and len(experts) == 1 and top_k < min(experts):
+            most = math.log(top_k) / math.log(min(experts))
+            axes.axhline(most, color=INK, linewidth=1, linestyle=":", label=f"most that top-{top_k} allows")
+        axes.set(xlabel="layer", ylabel="entropy / log E", ylim=(-0.03, 1.03))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        made.legend(loc="outside right upper")
+    return made
+
+
+def plot_losses(records: Records) -> Figure:
+    """Training and evaluation loss, in nats per token with loss.
+
+    Args:
+        records: lines of training/metrics.jsonl.
+    """
+    training = [(r["step"], r["lm_loss"]) for r in records if "lm_loss" in r]
+    evaluation = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    parts = [
+        f"{name} {points[0][1]:.3g} to {points[-1][1]:.3g}"
+        for name, points in (("training", training), ("evaluation", evaluation))
+        if points
+    ]
+    with figure(WIDTH, 3.0, f"Loss: {', '.join(parts)} nats per token") as made:
+        axes = made.subplots()
+        if training:
+            axes.plot(*zip(*training, strict=True), color=COLOURS[0], label="training, as logged")
+        if evaluation:
+            axes.plot(*zip(*evaluation, strict=True), color=COLOURS[3], marker="o", linestyle="--", label="evaluation")
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.set_ylim(bottom=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        made.legend(loc="outside right upper")
+    return made
+
+
+def plot_balance(records: Records) -> Figure:
+    """How evenly the experts were used during training: largest share anywhere, mean entropy, dead experts.
+
+    Args:
+        records: lines of training/metrics.jsonl; those without a router's numbers are passed over.
+    """
+    routed = [r for r in records if "router_entropy" in r]
+    if not routed:
+        raise ValueError("nothing to plot: no record has a router's numbers")
+    steps, last = [r["step"] for r in routed], routed[-1]
+    title = (
+        f"Load balance: in the end the largest share of one expert is {last['router_largest_share']:.0%}, "
+        f"{last['router_dead_experts']} experts are dead"
+    )
+    with figure(WIDTH, 3.0, title) as made:
+        left, right = made.subplots(1, 2, width_ratios=(3, 2))
+        for look, key, label in zip(
+            line_looks(2), ("router_largest_share", "router_entropy"), ("largest share of an expert", "mean entropy"),
+            strict=True,
+        ):  # fmt: skip
+            left.plot(steps, [r[key] for r in routed], label=label, **look)
+        left.set(xlabel="step", ylabel="share; entropy / log E", ylim=(-0.03, 1.03))
+        left.legend(loc="best")
+        right.plot(steps, [r["router_dead_experts"] for r in routed], color=COLOURS[3], drawstyle="steps-mid")
+        right.set(xlabel="step", ylabel="dead experts, all modules")
+        most = max(1, *(r["router_dead_experts"] for r in routed))
+        right.set_ylim(-0.05 * most, 1.05 * most)
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(axis="y")
+        right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return made

@@ -1,0 +1,35 @@
+"""The loss of a model on data, outside a training run."""
+
+from functools import partial
+
+import jax
+from flax import nnx
+
+from moe_lora_jax.train.batches import eval_batches
+from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.losses import next_token_loss
+from moe_lora_jax.train.step import Batch
+
+
+def evaluate(model: nnx.Module, data: TokenData, *, batch_size: int = 8, pad_id: int = 0) -> float:
+    """Mean next-token loss over the counted tokens of `data`, in nats. Without dropout; the model is not changed.
+
+    Args:
+        model: with or without an adapter, called as `CausalLM` is.
+        data: from `read_data`.
+        batch_size: rows of one forward pass.
+        pad_id: the token that padding is made of; it is masked.
+    """
+    graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
+    nll = counted = 0.0
+    for host in eval_batches(data.examples, batch_size=batch_size, pad_id=pad_id):
+        mean, tokens = _loss(state, host.batch, graphdef=graphdef)
+        nll, counted = nll + float(mean) * float(tokens), counted + float(tokens)
+    return nll / counted
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _loss(state: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, state, copy=True)
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask)
+    return next_token_loss(logits, batch.input_ids, batch.loss_mask)

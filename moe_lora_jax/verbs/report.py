@@ -1,0 +1,84 @@
+"""`moe-lora report`: an HTML page with pictures of an adapter: its routers on data, its experts, its training."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import interop
+from interop.verbs_convert import Layout, Options, parse_options
+
+
+def report(
+    directory: Annotated[Path, tyro.conf.Positional],
+    *,
+    model: Path,
+    data: Path,
+    output: Path | None = None,
+    max_length: int = 512,
+    dialect: Layout = None,
+    options: Options = (),
+) -> None:
+    """Write a page about an adapter: use of the experts, topics, entropy, likeness of experts, loss, load balance.
+
+    The page is one file that needs no network and no script; its figures are also written as PNG into a folder of the
+    same name.
+
+    Args:
+        directory: The adapter's directory, in any layout.
+        model: Hugging Face model directory that the adapter is for.
+        data: JSONL, as for training; a key "topic" in its lines tells topics apart.
+        output: The page; report.html in the adapter's directory if not given.
+        max_length: Tokens of an example that are used.
+        dialect: The layout of the adapter; detected if not given.
+        options: What the layout does not record; VALUE is JSON or plain text. Repeatable.
+    """
+    from rich.console import Console
+
+    from moe_lora_jax.checkpoint import load_adapter
+    from moe_lora_jax.models import load_base_model
+    from moe_lora_jax.report.page import render
+    from moe_lora_jax.report.sections import all_sections
+    from moe_lora_jax.router_statistics import RouterStatistics, router_statistics
+    from moe_lora_jax.summary import summary
+    from moe_lora_jax.train.data import read_data, split_by
+    from moe_lora_jax.train.run_dir import read_metrics
+    from moe_lora_jax.train.tokenizer import load_tokenizer
+
+    page = output or directory / "report.html"
+    with Console(stderr=True).status("") as status:
+        status.update("reading the adapter and the model")
+        adapter = interop.read(directory, dialect, **parse_options(options))
+        tokenizer = load_tokenizer(model)
+        base = load_base_model(model)
+        examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
+        load_adapter(base, adapter)
+
+        status.update("running the routers over the data")
+        statistics: RouterStatistics | str
+        if adapter.config.router_input == "task":
+            statistics = "This adapter routes by a task id, which the data does not have."
+        elif not any(adapter.config.for_module(module).has_router for module in adapter.modules):
+            statistics = "This adapter has no router: one expert per module."
+        else:
+            topics = split_by(examples, "topic")
+            statistics = router_statistics(base, topics, pad_id=tokenizer.pad_token_id or 0)
+
+        status.update("drawing")
+        sections = all_sections(adapter, statistics, read_metrics(directory) or "There are no records of the training.")
+        lines = [examples.describe(), f"adapter {directory}", f"base model {model}"]
+        html = render(f"Report on {directory.absolute().name}", "; ".join(lines), summary(base), sections)
+        _write(page, html.encode())
+        for section in sections:
+            if section.figure is not None:
+                _write(page.with_suffix("") / f"{section.name}.png", section.png)
+    print(f"{page}: {sum(s.figure is not None for s in sections)} figures, also as PNG in {page.with_suffix('')}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(content)
+    os.replace(new, path)

@@ -1,0 +1,290 @@
+"""Pictures of routers and experts: their numbers against plain numpy, and the page as a reader gets it."""
+
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from tiny_training import compiled_once, small_dirs, tiny_model, token_data  # noqa: F401
+
+import moe_lora_jax as mlj
+from interop import cli
+from interop.adapter import Adapter
+from moe_lora_jax.projections import by_projection
+from moe_lora_jax.report import (
+    RouterStatistics,
+    delta_similarity,
+    plot_balance,
+    plot_entropy,
+    plot_losses,
+    plot_similarity,
+    router_statistics,
+)
+from moe_lora_jax.report.page import render
+from moe_lora_jax.report.sections import all_sections
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+               "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+FIGURES = ["usage", "topics", "entropy", "similarity", "loss", "balance"]
+RECORDS = [
+    {"step": 0, "eval_loss": 6.0},
+    *(
+        {"step": s, "lm_loss": 6 / s, "router_entropy": 0.5, "router_largest_share": 0.4, "router_dead_experts": s // 2}
+        for s in range(1, 6)
+    ),
+    {"step": 5, "eval_loss": 1.5},
+]
+
+
+def made_up(layers: int, experts: int, projections=PROJECTIONS) -> RouterStatistics:
+    rng = np.random.default_rng(0)
+    modules = [f"model.layers.{i}.{p}" for i in range(layers) for p in projections]
+    by_topic = {m: rng.dirichlet(np.ones(experts), 3) for m in modules}
+    shares = {m: rows.mean(0) for m, rows in by_topic.items()}
+    return RouterStatistics(("code", "<b>&", "x"), shares, {m: float(rng.uniform()) for m in modules}, by_topic, 100)
+
+
+# --- the numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": None}, {"scope": "ffn", "target_modules": ["up_proj", "down_proj"]},
+                                    {"scope": "model", "top_k": None}])  # fmt: skip
+def test_statistics_are_means_over_the_tokens_with_loss(fields):
+    model = tiny_model(**fields)
+    topics = {"a": token_data(3, seed=1), "b": token_data(5, seed=2)}
+    gates = {topic: {} for topic in topics}
+    for topic, data in topics.items():
+        for example in data.examples:
+            _, router = model(jnp.asarray(example.ids[None]), return_router=True)
+            for module, output in router.items():
+                kept = np.asarray(output.gates[0], np.float64)[example.counted]
+                gates[topic].setdefault(module, []).append(kept / kept.sum(-1, keepdims=True))
+    found = router_statistics(model, topics, batch_size=2)
+    assert found.topics == ("a", "b")
+    assert found.tokens == sum(int(e.counted.sum()) for data in topics.values() for e in data.examples)
+    for module in gates["a"]:
+        per_topic = [np.concatenate(gates[topic][module]) for topic in topics]
+        together = np.concatenate(per_topic)
+        np.testing.assert_allclose(found.by_topic[module], [rows.mean(0) for rows in per_topic], atol=1e-6)
+        np.testing.assert_allclose(found.shares[module], together.mean(0), atol=1e-6)
+        entropy = -np.where(together > 0, together * np.log(np.where(together > 0, together, 1)), 0).sum(-1).mean()
+        assert found.entropy[module] == pytest.approx(entropy / np.log(3), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"shared_lora_A": True, "top_k": None}, {"r": [1, 2, 3], "lora_alpha": [2, 4, 6]}]
+)
+def test_similarity_is_the_cosine_of_the_deltas_written_out(fields):
+    adapter = mlj.to_adapter(tiny_model(**fields))
+    found = delta_similarity(adapter)
+    assert found.keys() == set(adapter.modules)
+    for module, matrix in found.items():
+        a, b = (adapter.tensors[module, role].astype(np.float64) for role in ("lora_A", "lora_B"))
+        deltas = np.stack([b[e] @ a[min(e, len(a) - 1)] for e in range(len(b))]).reshape(len(b), -1)
+        norms = np.linalg.norm(deltas, axis=1)
+        np.testing.assert_allclose(matrix, deltas @ deltas.T / np.outer(norms, norms), atol=1e-5)
+
+
+def test_an_untrained_expert_has_no_similarity():
+    adapter = mlj.to_adapter(tiny_model())
+    tensors = {slot: t.copy() for slot, t in adapter.tensors.items()}
+    tensors[adapter.modules[0], "lora_B"][1] = 0
+    matrix = delta_similarity(Adapter(adapter.config, tensors))[adapter.modules[0]]
+    assert np.isnan(matrix[1]).all() and np.isnan(matrix[:, 1]).all() and np.isfinite(matrix[0, 2])
+
+
+def test_modules_are_sorted_into_projections_and_layers():
+    modules = [f"model.layers.{i}.{p}" for i in (10, 2) for p in reversed(PROJECTIONS)]
+    grid = by_projection(modules)
+    assert list(grid) == [p.rpartition(".")[2] for p in PROJECTIONS]
+    assert grid["v_proj"] == {2: "model.layers.2.self_attn.v_proj", 10: "model.layers.10.self_attn.v_proj"}
+    assert by_projection(["model"]) == {"model": {None: "model"}}
+    assert by_projection(["a.0.x", "b.0.x"]) == {"a.*.x": {0: "a.0.x"}, "b.*.x": {0: "b.0.x"}}
+
+
+# --- the figures ----------------------------------------------------------------------------------------------------
+
+
+def images(figure) -> dict[str, np.ndarray]:
+    return {axes.get_title(loc="left"): axes.images[0].get_array() for axes in figure.axes if axes.images}
+
+
+def test_the_heat_map_shows_the_shares():
+    statistics = made_up(28, 64)
+    figure = mlj.plot_router(statistics)
+    assert figure.get_suptitle() == "Share of gate weight per expert; uniform use would be 1.56 %"
+    shown = images(figure)
+    assert list(shown) == [p.rpartition(".")[2] for p in PROJECTIONS]
+    for projection in PROJECTIONS:
+        expected = [statistics.shares[f"model.layers.{i}.{projection}"] for i in range(28)]
+        np.testing.assert_allclose(shown[projection.rpartition(".")[2]], expected, rtol=1e-12)
+
+
+def test_the_heat_map_takes_a_model_or_plain_weights():
+    model, data = tiny_model(), token_data(4)
+    shares = router_statistics(model, data).shares
+    for source in (
+        mlj.plot_router(model, data),
+        mlj.plot_router(shares),
+        mlj.plot_router(router_statistics(model, data)),
+    ):
+        for name, array in images(source).items():
+            (module,) = (m for m in shares if m.endswith(name))
+            np.testing.assert_allclose(array[0], shares[module], rtol=1e-6)
+    (array,) = images(mlj.plot_router({"model": [[1, 3], [2, 2]]})).values()  # rows are averaged after normalising
+    np.testing.assert_allclose(array, [[0.375, 0.625]])
+    with pytest.raises(ValueError, match="needs data"):
+        mlj.plot_router(model)
+    with pytest.raises(ValueError, match="no module has a router"):
+        mlj.plot_router({})
+
+
+def test_modules_may_have_different_numbers_of_experts():
+    figure = mlj.plot_router({"layers.0.q_proj": [1, 1], "layers.1.q_proj": [1, 2, 1]})
+    assert figure.get_suptitle().endswith("uniform use would be 33.3 %, 50 %")
+    (array,) = images(figure).values()
+    np.testing.assert_array_equal(np.isnan(np.ma.filled(array, np.nan)), [[False, False, True], [False, False, False]])
+
+
+def test_lines_show_the_records_and_the_entropies():
+    losses, balance = plot_losses(RECORDS), plot_balance(RECORDS)
+    assert losses.get_suptitle() == "Loss: training 6 to 1.2, evaluation 6 to 1.5 nats per token"
+    training, evaluation = losses.axes[0].lines
+    np.testing.assert_array_equal(training.get_xydata(), [(s, 6 / s) for s in range(1, 6)])
+    np.testing.assert_array_equal(evaluation.get_xydata(), [(0, 6.0), (5, 1.5)])
+    assert "largest share of one expert is 40%, 2 experts are dead" in balance.get_suptitle()
+    statistics = made_up(3, 4, PROJECTIONS[:1])
+    line, most = plot_entropy(statistics, top_k=2).axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), list(enumerate(statistics.entropy.values())))
+    assert most.get_ydata()[0] == pytest.approx(np.log(2) / np.log(4))
+
+
+def test_nothing_to_plot_is_said():
+    with pytest.raises(ValueError, match="no record has a router"):
+        plot_balance([{"step": 1, "lm_loss": 1.0}])
+    with pytest.raises(ValueError, match="the adapter is not trained"):
+        plot_similarity(delta_similarity(mlj.to_adapter(tiny_model(init_lora_weights=True))))
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def checked(html: str) -> list[str]:
+    """Parses the page strictly, checks what it must not have, and returns the names of its figures."""
+    tree = ET.fromstring(html)
+    ids = [e.get("id") for e in tree.iter() if e.get("id")]
+    assert len(ids) == len(set(ids))
+    assert not list(tree.iter("script")) and tree.get("lang") == "en"
+    for element in tree.iter():
+        for name, value in element.attrib.items():
+            if name.rpartition("}")[2] in ("href", "src", "style", "clip-path", "fill"):
+                assert not re.search(r"https?:|file:", value), value
+            if name.rpartition("}")[2] == "href":
+                assert value.startswith(("data:image/png;base64,", "#"))
+            if "url(#" in value or value.startswith("#") and name.endswith("href"):
+                assert re.search(r"#([\w-]+)", value)[1] in ids, f"{name} = {value}"
+    for svg in tree.iter(f"{SVG}svg"):
+        assert svg.get("role") == "img" and len(svg.get("aria-label")) > 30
+        assert "currentColor" in ET.tostring(svg, "unicode") and "#1a1a1b" not in ET.tostring(svg, "unicode")
+    return [figure.get("id") for figure in tree.iter("figure")]
+
+
+def page(*size) -> str:
+    model = tiny_model()
+    sections = all_sections(mlj.to_adapter(model), made_up(*size), RECORDS)
+    return render("a <b> & c", "'\"<i>", mlj.summary(model), sections)
+
+
+@pytest.mark.parametrize("size", [(28, 64), (4, 8, ("mlp",)), (1, 2)])
+def test_the_page_is_well_formed_and_needs_nothing_else(size):
+    html = page(*size)
+    assert checked(html) == FIGURES
+    assert "<b>" not in html and "<i>" not in html and "&lt;b&gt;" in html
+    assert len(html) < 2_000_000
+
+
+def test_the_page_is_the_same_every_time():
+    assert page(1, 2) == page(1, 2)
+
+
+@pytest.fixture(scope="module")
+def trained(small_dirs, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("report") / "trained"
+    line = f"train --model {small_dirs['base']} --data {small_dirs['data']} --output-dir {out} --steps 3 --r 2"
+    rest = "--batch-size 4 --num-experts 3 --top-k 2 --learning-rate 1e-2 --log-every 1 --eval-fraction 0.2 --quiet"
+    assert cli.main([*line.split(), *rest.split()]) == 0
+    return out
+
+
+def report(dirs, adapter, *more: str) -> int:
+    return cli.main(["report", str(adapter), "--model", str(dirs["base"]), "--data", str(dirs["data"]), *more])
+
+
+def test_the_verb_writes_the_page_and_pngs(small_dirs, trained, tmp_path, capfd):  # noqa: F811
+    assert report(small_dirs, trained) == 0
+    printed = capfd.readouterr()
+    assert printed.out.startswith(f"{trained}/report.html: 6 figures") and printed.err == ""
+    assert checked((trained / "report.html").read_text()) == FIGURES
+    assert {p.stem for p in (trained / "report").iterdir()} == set(FIGURES)
+    for path in (trained / "report").iterdir():
+        with Image.open(path) as image:
+            assert image.width == 1500 and len(image.convert("RGB").getcolors(2**24)) > 50
+    assert report(small_dirs, trained, "--output", str(tmp_path / "new" / "page.html")) == 0
+    assert (tmp_path / "new" / "page.html").read_text() == (trained / "report.html").read_text()
+
+
+def test_what_is_missing_is_said_on_the_page(small_dirs, tmp_path):  # noqa: F811
+    base = mlj.load_base_model(small_dirs["base"])
+    plain = mlj.MoeLoraConfig(r=2, num_experts=1, top_k=None, target_modules=["q_proj"])
+    mlj.save_pretrained(mlj.apply_moe_lora(base, plain, rngs=nnx.Rngs(0)), tmp_path / "plain")
+    assert report(small_dirs, tmp_path / "plain") == 0
+    html = (tmp_path / "plain" / "report.html").read_text()
+    assert checked(html) == []
+    for reason in ("no router: one expert per module", "no records of the training", "every module has one expert"):
+        assert reason in html
+    untold = tmp_path / "untold.jsonl"
+    untold.write_text(json.dumps({"text": "what is two plus two"}) + "\n")
+    model = tiny_adapter(small_dirs["base"], scope="model", top_k=None)
+    mlj.save_pretrained(model, tmp_path / "model")
+    assert report({**small_dirs, "data": untold}, tmp_path / "model") == 0
+    html = (tmp_path / "model" / "report.html").read_text()
+    assert checked(html) == ["usage", "entropy", "similarity"] and "there are not two" in html
+
+
+def tiny_adapter(base, **fields):
+    config = {"r": 2, "num_experts": 3, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, **fields}
+    return mlj.apply_moe_lora(mlj.load_base_model(base), mlj.MoeLoraConfig(**config), rngs=nnx.Rngs(1))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: no chromium or google-chrome on PATH")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_every_figure(tmp_path, scheme):
+    file, shot = tmp_path / "page.html", tmp_path / "shot.png"
+    file.write_text(page(4, 8))
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1100,3600", *dark]
+    subprocess.run([*command, f"--screenshot={shot}", file.as_uri()], check=True, capture_output=True, timeout=120)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels.shape == (3600, 1100, 3)
+    paper, line = {"light": ((255, 255, 255), (216, 216, 220)), "dark": ((22, 23, 26), (58, 59, 64))}[scheme]
+    rules = np.flatnonzero((pixels == line).all(-1).mean(1) > 0.85)
+    assert len(rules) == 7 and tuple(pixels[-1, -1]) == paper, "the adapter and six figures, and the page ends"
+    for top, bottom, name in zip(rules[1:], [*rules[2:], 3600], FIGURES, strict=True):
+        part = pixels[top + 2 : bottom - 2]
+        drawn = np.abs(part - paper).max(-1) > 40
+        rows = np.flatnonzero(drawn.any(1))
+        assert rows[-1] - rows[0] > 200, f"{name}: found {rows[-1] - rows[0]} rows with anything on them"
+        assert drawn.mean() > 0.01 and np.flatnonzero(drawn.any(0))[-1] > 850, f"{name}: nearly empty"
