@@ -16,11 +16,12 @@ class MoeLoraLinear(nnx.Module):
     """y = W0 x + sum_e g_e(x) s_e B_e A_e x, s_e = lora_alpha_e / r_e, g from the router (1 for one expert).
 
     Two products carry all experts: A as [expert*rank, in] and B as [expert*rank, out]; between them the hidden code is
-    multiplied by the gates. The router's rows join the first product when both read the same fp32 input.
+    multiplied by the gates.
 
     Args:
         base_layer: the frozen layer W0; called with x unchanged.
-        in_features, out_features: its sizes.
+        in_features: width of its input.
+        out_features: width of its output.
         sizes: the module's experts, ranks and alphas (`config.for_module(path)`).
         config: the adapter's config.
         shared: where the gates (scope "model") or the task ids come from; None with a router of its own.
@@ -82,29 +83,12 @@ class MoeLoraLinear(nnx.Module):
     def delta(self, x: jax.Array) -> jax.Array:
         """What the adapter adds, for x [tokens, in]: [tokens, out] in the adapter's dtype."""
         a, b = self.lora_a[...], self.lora_b[...]
-        flat_a = a.reshape(-1, a.shape[-1])
-        experts_x = self.dropout(x.astype(a.dtype), rngs=self.rngs)
-        hidden, gates = self._joined(x, flat_a) if self._can_join(x, a) else (None, self._gates(x))
+        gates = self._gates(x)
+        x = self.dropout(x.astype(a.dtype), rngs=self.rngs)
         if self.mix == "weights":
-            return mixed_factors(experts_x, gates, a, b) * jnp.asarray(self.scalings[0], a.dtype)
-        if hidden is None:
-            hidden = experts_x @ flat_a.T
-        weights = gates[:, 0] * jnp.asarray(self.scalings, jnp.float32)
-        return gated_sum(hidden.reshape(x.shape[0], *a.shape[:2]), weights, b)
-
-    def _can_join(self, x: jax.Array, a: jax.Array) -> bool:
-        """Whether experts and router read the very same fp32 input."""
-        noisy = not self.deterministic and (self.dropout.rate > 0.0 or self.router_jitter_noise > 0.0)
-        fp32 = x.dtype == a.dtype == jnp.float32
-        return isinstance(self.router, Router) and self.mix == "outputs" and fp32 and not noisy
-
-    def _joined(self, x: jax.Array, flat_a: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A x and the gates from one product."""
-        assert isinstance(self.router, Router)
-        rows = jnp.concatenate([flat_a, self.router.kernel[...].T])
-        joined = jnp.matmul(x, rows.T, precision=jax.lax.Precision.HIGHEST)  # the router decides in full fp32
-        gates = self.router.decide(x, joined[:, flat_a.shape[0] :]).gates
-        return joined[:, : flat_a.shape[0]], self.expert_dropout(gates, rngs=self.rngs)
+            return mixed_factors(x, gates, a, b) * jnp.asarray(self.scalings[0], a.dtype)
+        hidden = (x @ a.reshape(-1, a.shape[-1]).T).reshape(x.shape[0], *a.shape[:2])
+        return gated_sum(hidden, gates[:, 0] * jnp.asarray(self.scalings, jnp.float32), b)
 
     def _gates(self, x: jax.Array) -> jax.Array:
         """[tokens, split, expert]."""

@@ -1,10 +1,12 @@
 """Routers that stand at a linear layer or a feed-forward block, and what they report."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from interop.config import ModuleConfig, MoeLoraConfig
 from moe_lora_jax.experts import MoeLoraParam
@@ -32,6 +34,36 @@ def record(module: nnx.Module, decision: RouterOutput) -> None:
         module.sow(RouterRecord, "router_output", decision)
 
 
+@jax.custom_jvp
+def router_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x R at full precision: fp32 [tokens, in] and [in, logit] -> [tokens, logit].
+
+    An ordinary matrix product, whose derivatives are written for few logits. To any order, forwards and backwards.
+    """
+    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+@partial(router_product.defjvp, symbolic_zeros=True)
+def _router_product_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    z = router_product(x, kernel)
+    dz = jnp.zeros_like(z)
+    if not isinstance(dx, SymbolicZero):
+        dz = dz + _moved_input(dx, kernel)
+    if not isinstance(dkernel, SymbolicZero):
+        # transposed, this is a product [logit, tokens] [tokens, in]: XLA:CPU is six times slower at the mirrored one,
+        # into which it turns this one back unless there is a barrier
+        rows = jax.lax.optimization_barrier(dkernel.T)
+        dz = dz + jnp.matmul(x, rows.T, precision=jax.lax.Precision.HIGHEST)
+    return z, dz
+
+
+@jax.jit  # so that the terms of the sum never exist, outside jit either
+def _moved_input(dx: jax.Array, kernel: jax.Array) -> jax.Array:
+    """dx R as a sum. Transposed, XLA adds dz R^T to the other gradients of x without a [tokens, in] for it."""
+    return jnp.sum(dx[:, :, None] * kernel, axis=1)
+
+
 class Router(nnx.Module):
     """z = (R x + b) / temperature; gates as in `compute_gates`. Always in fp32.
 
@@ -53,12 +85,9 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> RouterOutput:
         """Routes x [tokens, in]: logits and gates [tokens, split, expert]."""
         x = x.astype(jnp.float32)
-        kernel = self.kernel[...].astype(jnp.float32)
-        return self.decide(x, jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST))
-
-    def decide(self, x: jax.Array, product: jax.Array) -> RouterOutput:
-        """The same from the product R x [tokens, logit], for a caller that computed it together with another."""
-        logits = product if self.bias is None else product + self.bias[...]
+        logits = router_product(x, self.kernel[...].astype(jnp.float32))
+        if self.bias is not None:
+            logits = logits + self.bias[...]
         logits = (logits / self.gating.router_temperature).reshape(x.shape[0], self.n_splits, self.num_experts)
         decision = RouterOutput(logits, compute_gates(logits, self.gating, self._tau(x)))
         record(self, decision)
@@ -67,7 +96,7 @@ class Router(nnx.Module):
     def _tau(self, x: jax.Array) -> jax.Array | float | None:
         if self.threshold_kernel is None or self.threshold_bias is None:
             return self.gating.threshold
-        score = jnp.matmul(x.astype(jnp.float32), self.threshold_kernel[...], precision=jax.lax.Precision.HIGHEST)
+        score = jnp.matmul(x, self.threshold_kernel[...], precision=jax.lax.Precision.HIGHEST)
         assert self.gating.threshold is not None, "the config requires it"
         return self.gating.threshold * jax.nn.sigmoid(score + self.threshold_bias[...])[:, None, None]
 

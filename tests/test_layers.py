@@ -1,6 +1,7 @@
 """The mixture layer against its formula, written out with a loop over tokens and experts in float64."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
 from interop import MoeLoraConfig
 from moe_lora_jax import MoeLoraLinear, MoeLoraParam, RouterOutput
-from moe_lora_jax.router import RouterRecord
+from moe_lora_jax.router import RouterRecord, router_product
 from tests.toy import fast_rngs, linear
 
 IN, OUT, TOKENS = 6, 5, 7
@@ -447,7 +449,8 @@ def equations(jaxpr):
                     yield from equations(inner)
 
 
-def trace(layer, x, backward=False):
+def program(layer, x, backward):
+    """The forward pass or the gradient of its sum, as a function of arrays; and its arguments."""
     graph, adapter, rest = nnx.split(layer, MoeLoraParam, ...)
 
     def forward(adapter, x, rest):
@@ -456,8 +459,12 @@ def trace(layer, x, backward=False):
     def loss(adapter, x, rest):
         return jnp.sum(forward(adapter, x, rest).astype(jnp.float32))
 
-    function = jax.grad(loss, argnums=(0, 1)) if backward else forward
-    return list(equations(jax.make_jaxpr(function)(adapter, x, rest).jaxpr))
+    return jax.grad(loss, argnums=(0, 1)) if backward else forward, (adapter, x, rest)
+
+
+def trace(layer, x, backward=False):
+    function, arguments = program(layer, x, backward)
+    return list(equations(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 
 BIG = dict(n_in=11, n_out=13, r=3, num_experts=5)
@@ -466,13 +473,16 @@ BIG = dict(n_in=11, n_out=13, r=3, num_experts=5)
 @pytest.mark.parametrize("fields", [{}, dict(top_k=2), dict(shared_lora_A=True), dict(lora_dropout=0.1)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_no_array_has_tokens_experts_and_outputs(fields, dtype, backward):
+def test_no_buffer_has_tokens_experts_and_inputs_or_outputs(fields, dtype, backward):
     layer, _ = make_layer(base_dtype=dtype, **BIG, **fields)
     layer.train()
     tokens = 7
-    for eqn in trace(layer, jnp.zeros((tokens, 11), dtype), backward):
-        for shape in (v.aval.shape for v in eqn.outvars):
-            assert math.prod(shape) < tokens * 5 * 11, (eqn.primitive, shape)
+    function, arguments = program(layer, jnp.zeros((tokens, 11), dtype), backward)
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    results = re.findall(r"^ +(?:ROOT )?%(\S+) = \w+\[([\d,]*)\]", text[text.index("ENTRY") :], re.MULTILINE)
+    assert len(results) > 10
+    for name, shape in results:
+        assert math.prod(map(int, filter(None, shape.split(",")))) < tokens * 5 * 11, (name, shape)
 
 
 @pytest.mark.parametrize("fields", [{}, dict(top_k=2), dict(threshold=0.1), dict(shared_lora_A=True)], ids=str)
@@ -485,35 +495,31 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_experts(field
     assert not {"while", "scan"} & set(programs[0])
 
 
-@pytest.mark.parametrize(
-    ("fields", "dtype", "products"),
-    [
-        ({}, jnp.float32, 3),  # base, A with the router's rows, B
-        (dict(num_experts=1), jnp.float32, 3),
-        (dict(lora_dropout=0.1), jnp.float32, 4),  # the router reads another input than the experts
-        (dict(router_jitter_noise=0.1), jnp.float32, 4),
-        ({}, jnp.bfloat16, 4),
-    ],
-    ids=str,
-)
-def test_the_routers_rows_join_the_product_with_a_when_both_read_the_same_fp32_input(fields, dtype, products):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("fields", [{}, dict(lora_dropout=0.1), dict(num_experts=1)], ids=str)
+def test_three_products_and_the_routers_in_full_fp32(fields, dtype):
     layer, _ = make_layer(param_dtype=dtype, base_dtype=dtype, **fields)
     layer.train()
-    found = [eqn for eqn in trace(layer, jnp.zeros((7, IN), dtype)) if eqn.primitive.name == "dot_general"]
-    assert len(found) == products
-    for eqn in found:  # the router is always fp32, so that a bf16 model cannot blur its choice
-        if eqn.outvars[0].aval.shape == (7, 4):
-            assert [v.aval.dtype for v in eqn.invars] == [jnp.float32, jnp.float32]
+    products = [e for e in trace(layer, jnp.zeros((7, IN), dtype)) if e.primitive.name == "dot_general"]
+    routers = [e for e in products if e.outvars[0].aval.shape == (7, 4)]
+    assert (len(products), len(routers)) == ((3, 0) if "num_experts" in fields else (4, 1))
+    for router in routers:  # so that neither a bf16 model nor TF32 can blur its choice
+        assert [v.aval.dtype for v in router.invars] == [jnp.float32, jnp.float32]
+        assert router.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
 
-@pytest.mark.parametrize("fields", [{}, dict(lora_dropout=0.1)], ids=["joined", "separate"])
-def test_router_logits_are_computed_at_the_highest_precision(fields):
-    layer, _ = make_layer(**fields)
-    layer.train()
-    wide = {4, 4 + 3 * 4}  # E logits alone, or beside the E*r rows of A
-    products = [e for e in trace(layer, jnp.zeros((7, IN))) if e.primitive.name == "dot_general"]
-    (router,) = [e for e in products if e.outvars[0].aval.shape in {(7, w) for w in wide}]
-    assert router.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+@pytest.mark.parametrize("fixed", [None, "x", "kernel"])
+def test_the_routers_product_has_derivatives_of_every_kind(fixed):
+    x, kernel = jnp.asarray(inputs((3, IN))), jnp.asarray(inputs((IN, 4), seed=2))
+    function = {
+        None: lambda x, kernel: jnp.sin(router_product(x, kernel)),
+        "x": lambda kernel: jnp.sin(router_product(x, kernel)),
+        "kernel": lambda x: jnp.sin(router_product(x, kernel)),
+    }[fixed]
+    arguments = {None: (x, kernel), "x": (kernel,), "kernel": (x,)}[fixed]
+    plain = {None: lambda x, k: jnp.sin(x @ k), "x": lambda k: jnp.sin(x @ k), "kernel": lambda x: jnp.sin(x @ kernel)}
+    check_grads(function, arguments, order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)  # finite differences, fp32
+    np.testing.assert_allclose(jax.hessian(function)(*arguments), jax.hessian(plain[fixed])(*arguments), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "top_2", "adaptive", "one_expert"])

@@ -12,6 +12,7 @@ from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.masks import real_positions, visible
 from moe_lora_jax.models.norm import RMSNorm
+from moe_lora_jax.models.repeat import run_layers
 from moe_lora_jax.models.rope import rotary_tables
 
 
@@ -69,10 +70,12 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`model`: embeddings, layers, final norm."""
+    """`model`: embeddings, layers, final norm. `scan_layers` and `remat` say how the layers run (see `run_layers`)."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
+        self.scan_layers: bool = False
+        self.remat: bool | str = False
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config)
@@ -109,10 +112,24 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(input_ids.reshape(-1))
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, like transformers
+        pairs = list(zip(config.layer_ropes, config.layer_windows, strict=True))
+        kinds = list(dict.fromkeys(pairs))
+        contexts = [(rotary[rope], masks[window]) for rope, window in kinds]
+        if cache is None and (self.scan_layers or self.remat):
+            x = run_layers(
+                self.layers,
+                x,
+                lambda layer, x, context: layer(x, batch, *context, None)[0],
+                contexts,
+                [kinds.index(pair) for pair in pairs],
+                scan=self.scan_layers,
+                remat=self.remat,
+            )
+            return self.norm(x).reshape(batch, length, -1), None
         keys, values = [], []
         for index, layer in enumerate(self.layers):
             own = None if cache is None else LayerCache(cache.keys[index], cache.values[index], query_slots[0])
-            x, own = layer(x, batch, rotary[config.layer_ropes[index]], masks[config.layer_windows[index]], own)
+            x, own = layer(x, batch, *contexts[kinds.index(pairs[index])], own)
             if own is not None:
                 keys.append(own.keys)
                 values.append(own.values)

@@ -44,7 +44,8 @@ def generate(
         attention_mask: [batch, seq], non-zero for real tokens; None if all are real.
         max_new_tokens: at least 1.
         temperature: 0 takes the most likely token; above 0, tokens are drawn from softmax(logits / temperature).
-        top_k, top_p: restrict the draw, see `sampling.choose`.
+        top_k: restricts the draw, see `sampling.choose`.
+        top_p: likewise.
         eos_token_id: ids that end a row; None takes the model's, an empty sequence none.
         pad_token_id: fills ended rows; None takes the model's, or else the first ending id.
         task_ids: integers [batch] or [batch, n], for an adapter that routes by task.
@@ -63,8 +64,7 @@ def generate(
     pad = next((i for i in (pad_token_id, model.config.pad_token_id, *eos) if i is not None), 0)
     greedy = temperature == 0
     sampling = Sampling(greedy=greedy, top_k=None if greedy else top_k, nucleus=not greedy and top_p is not None)
-    evaluating = nnx.with_attributes(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
-    graphdef, state = nnx.split(evaluating)
+    graphdef, state = nnx.split(model)
     settings = (jnp.float32(temperature), jnp.float32(1.0 if top_p is None else top_p))
     new = _generate(
         state,
@@ -110,6 +110,12 @@ def _generate(
     """New tokens, int32 [batch, steps]. The weights are an argument, so that other weights reuse the program."""
     batch, length = ids.shape
 
+    def evaluating() -> Any:
+        """The model in evaluation mode; made where it is used, because it cannot change across trace levels."""
+        model = nnx.merge(graphdef, state, copy=True)
+        model.eval()
+        return model
+
     def choose_next(logits: jax.Array, step: jax.Array | int) -> jax.Array:
         return choose(logits, sampling, *settings, jax.random.fold_in(key, step))
 
@@ -117,7 +123,7 @@ def _generate(
         return (now.step < steps) & ~jnp.all(now.ended)
 
     def decode(now: _Decoding) -> _Decoding:
-        model = nnx.merge(graphdef, state, copy=True)  # here, because a module cannot change across trace levels
+        model = evaluating()
         hidden, cache = model.hidden_states(now.token[:, None], cache=now.cache, **routing)
         token = jnp.where(now.ended, pad, choose_next(model.head(hidden[:, 0]), now.step))
         return _Decoding(
@@ -128,7 +134,7 @@ def _generate(
             cache=cache,
         )
 
-    model = nnx.merge(graphdef, state, copy=True)
+    model = evaluating()
     # The last new token is never read back, so it needs no slot.
     cache = model.empty_cache(batch, length + steps - 1)
     hidden, cache = model.hidden_states(ids, mask, cache=cache, **routing)

@@ -12,9 +12,11 @@ import numpy as np
 from flax import nnx
 
 from interop.errors import CheckpointError
+from interop.files import read_json
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DTYPES, DecoderConfig
-from moe_lora_jax.models.weight_files import WeightFiles, read_json
+from moe_lora_jax.models.repeat import check_remat
+from moe_lora_jax.models.weight_files import WeightFiles
 
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -22,7 +24,9 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def load_base_model(directory: str | os.PathLike[str], *, dtype: Any = None) -> CausalLM:
+def load_base_model(
+    directory: str | os.PathLike[str], *, dtype: Any = None, scan_layers: bool = False, remat: bool | str = False
+) -> CausalLM:
     """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
     Tensors are read one at a time from memory-mapped files, so the peak is the model plus one tensor. No random
@@ -31,13 +35,18 @@ def load_base_model(directory: str | os.PathLike[str], *, dtype: Any = None) -> 
     Args:
         directory: what `save_pretrained` of transformers wrote, for a supported architecture.
         dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
+        scan_layers: run the layers as one scan, for a program whose size does not grow with their number. It holds a
+            second copy of the layers' weights during a step. Passes with a KV cache (generation) loop all the same.
+        remat: recompute each layer in the backward pass: True, or a name of `models.repeat.POLICIES`. Saves memory on
+            the CPU only together with `scan_layers`. Neither switch changes values, names or files.
 
     Raises:
         CheckpointError: not a model directory, unreadable files, or tensors that are missing, unexpected, of the
             wrong shape or of an unsupported dtype; all of them in one error.
         ConfigError: the architecture or fields of config.json are not supported, by name.
-        ValueError: an unsupported `dtype`.
+        ValueError: an unsupported `dtype` or `remat`.
     """
+    check_remat(remat)
     wanted = None if dtype is None else jnp.dtype(dtype).name
     if wanted is not None and wanted not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
@@ -59,7 +68,9 @@ def load_base_model(directory: str | os.PathLike[str], *, dtype: Any = None) -> 
         names = {path: _stored_name(path) for path, _ in parameters}
         _check(files, {names[path]: _stored_shape(path, variable) for path, variable in parameters}, config)
         filled = [(path, variable.replace(_read(files, path, config.dtype))) for path, variable in parameters]
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    model.model.scan_layers, model.model.remat = scan_layers, remat
+    return model
 
 
 def _stored_name(path: tuple[Any, ...]) -> str:
