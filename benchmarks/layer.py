@@ -1,7 +1,6 @@
 """Goal 1: one layer forward and backward, a mixture of E experts of rank r against plain LoRA of rank E*r."""
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import moe_lora_jax as mlj
-from benchmarks.measure import interleaved
+from benchmarks.measure import Row, interleaved
+from benchmarks.table import alone, ratio_row
 
 SHAPES = [(512, 512, 8, 8, 2), (2048, 512, 8, 16, 2), (512, 2048, 16, 8, 2), (512, 2048, 64, 4, 2)]
 
@@ -36,23 +36,34 @@ def compiled(module: nnx.Module, x: jax.Array, cotangent: jax.Array) -> tuple[Ca
     return (lambda: program(adapter, x, rest, cotangent)), program
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=60)
-    rounds = parser.parse_args().rounds
-    print("tokens d E r k | time ratio [quartiles] | temporary memory ratio | flops ratio (router's rows allow)")
-    for tokens, d, experts, r, k in SHAPES:
+def rows(quick: bool) -> Iterator[Row]:
+    for tokens, d, experts, r, k in SHAPES[:1] if quick else SHAPES:
         x = jax.random.normal(jax.random.key(0), (tokens, d))
         cotangent = jax.random.normal(jax.random.key(1), (tokens, d))
         mixture, program = compiled(layer(d, experts, r, k), x, cotangent)
         lora, plain = compiled(layer(d, 1, experts * r, None), x, cotangent)
-        ratio = interleaved({"mixture": mixture, "lora": lora}, "lora", rounds=rounds)["mixture"]
+        case = f"{tokens} tokens, d {d}, E {experts}, r {r}, k {k}"
+
+        limit = 1.05 if experts == 64 else 1.02
+        rounds = 10 if quick else 150 if d == 512 else 50
+        time = interleaved({"mixture": mixture, "lora": lora}, "lora", rounds=rounds)["mixture"]
+        note = f"{case}; {time.seconds * 1e3:.1f} ms"
+        yield ratio_row(f"1. layer time <= {limit}x of LoRA of rank E*r", time, time.median <= limit, note)
+
         memory = program.memory_analysis().temp_size_in_bytes / plain.memory_analysis().temp_size_in_bytes
+        yield Row("1. its temporary memory <= 1.05x", f"{memory:.3f}", "", memory <= 1.05, case)
+
         flops = program.cost_analysis()["flops"] / plain.cost_analysis()["flops"]
         lora_flops = 2 * tokens * d * d * 2 + 6 * tokens * 2 * d * experts * r
-        allowed = 1 + 6 * tokens * d * experts / lora_flops
-        print(f"{tokens} {d} {experts} {r} {k} | {ratio} | {memory:.3f} | {flops:.3f} ({allowed:.3f})", flush=True)
+        allowed = 1.02 * (1 + 6 * tokens * d * experts / lora_flops)
+        yield Row(
+            "1. its FLOPs <= 1.02x of LoRA and the router",
+            f"{flops:.3f}",
+            "",
+            flops <= allowed,
+            f"{case}; {allowed:.3f}",
+        )
 
 
 if __name__ == "__main__":
-    main()
+    alone(rows)

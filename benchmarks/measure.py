@@ -9,6 +9,25 @@ import jax
 
 
 @dataclass(frozen=True)
+class Row:
+    """One line of the benchmark table.
+
+    Attributes:
+        goal: what is measured and the limit it should keep.
+        measured: the number, with its unit.
+        spread: how much it varied, or "" for what does not vary.
+        met: whether the limit is kept; None if there is none.
+        note: what the reader must know to trust the number.
+    """
+
+    goal: str
+    measured: str
+    spread: str
+    met: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Ratio:
     """A candidate's time over the reference's: median of the rounds' ratios, and the middle half of them."""
 

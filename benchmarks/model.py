@@ -1,0 +1,136 @@
+"""Goal 2: the training step of a small Llama against plain LoRA of rank E*r here, PEFT's LoRA, and a loop over experts.
+
+All in fp32, every linear layer adapted, loss on every next token, gradient and AdamW. The step of the frozen base has
+no adapter to train: it is the forward pass and the backward pass to the embeddings' output, in both frameworks.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import torch
+from flax import nnx
+from transformers import LlamaForCausalLM
+
+import moe_lora_jax as mlj
+from benchmarks import llama
+from benchmarks.expert_loop import add_expert_loops
+from benchmarks.measure import Row, interleaved
+from benchmarks.table import alone
+from moe_lora_jax.train import next_token_loss
+
+EXPERTS, RANK, TOP_K = 8, 8, 2
+BATCH, LENGTH = 8, 128
+
+
+class Moved(nnx.Module):
+    """Embeddings plus an offset, for a gradient at their output."""
+
+    def __init__(self, embed: nnx.Embed, offset: jax.Array):
+        self.embed, self.offset = embed, nnx.BatchStat(offset)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embed(ids) + self.offset[...]
+
+
+def jax_base(directory: Path, ids: np.ndarray) -> Callable[[], object]:
+    model = mlj.load_base_model(directory)
+    model.model.embed_tokens = Moved(model.model.embed_tokens, jnp.zeros((ids.size, model.config.hidden_size)))
+    graph, offset, frozen = nnx.split(model, nnx.BatchStat, ...)
+    tokens, counted = jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool)
+
+    def loss(offset: nnx.State, frozen: nnx.State) -> jax.Array:
+        return next_token_loss(nnx.merge(graph, offset, frozen, copy=True)(tokens), tokens, counted).mean
+
+    step = jax.jit(jax.value_and_grad(loss))
+    return lambda: step(offset, frozen)
+
+
+def jax_adapter(directory: Path, ids: np.ndarray, **fields: int) -> Callable[[], object]:
+    model = mlj.load_base_model(directory)
+    config = mlj.MoeLoraConfig(**fields, target_modules="all-linear", init_lora_weights=False)  # type: ignore[arg-type]
+    mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0))
+    model.train()
+    return llama.training_step(model, ids)
+
+
+def torch_base(directory: Path, ids: np.ndarray) -> Callable[[], object]:
+    model = LlamaForCausalLM.from_pretrained(directory).requires_grad_(False)
+    tokens = torch.from_numpy(ids)
+
+    def run() -> float:
+        embedded = model.get_input_embeddings()(tokens).requires_grad_()
+        loss = model(inputs_embeds=embedded, labels=tokens).loss
+        loss.backward()
+        return float(loss)
+
+    return run
+
+
+def torch_step(model: torch.nn.Module, ids: np.ndarray) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=llama.LEARNING_RATE)
+    tokens = torch.from_numpy(ids)
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return run
+
+
+def torch_lora(directory: Path, ids: np.ndarray) -> Callable[[], object]:
+    config = peft.LoraConfig(r=EXPERTS * RANK, lora_alpha=EXPERTS * RANK, target_modules="all-linear")
+    return torch_step(peft.get_peft_model(LlamaForCausalLM.from_pretrained(directory), config).train(), ids)
+
+
+def torch_loop(directory: Path, ids: np.ndarray) -> Callable[[], object]:
+    model = LlamaForCausalLM.from_pretrained(directory).requires_grad_(False)
+    add_expert_loops(model.model, experts=EXPERTS, rank=RANK, top_k=TOP_K)
+    return torch_step(model.train(), ids)
+
+
+def measure(directory: Path, name: str, *, batch: int, length: int, rounds: int) -> Iterator[Row]:
+    ids = np.random.default_rng(0).integers(3, 250, (batch, length))
+    found = interleaved(
+        {
+            "JAX base": jax_base(directory, ids),
+            "JAX LoRA": jax_adapter(directory, ids, r=EXPERTS * RANK, num_experts=1),
+            "JAX mixture": jax_adapter(directory, ids, r=RANK, num_experts=EXPERTS, top_k=TOP_K),
+            "PyTorch base": torch_base(directory, ids),
+            "PEFT LoRA": torch_lora(directory, ids),
+            "PyTorch loop": torch_loop(directory, ids),
+        },
+        "JAX mixture",
+        rounds=rounds,
+    )
+    seconds = {who: ratio.seconds for who, ratio in found.items()}
+    times = ", ".join(f"{who} {s * 1e3:.0f} ms = {ids.size / s:.0f} tokens/s" for who, s in seconds.items())
+    mixture = seconds["JAX mixture"]
+    for other, limit in (("JAX LoRA", 1.03), ("PEFT LoRA", 1.10), ("PyTorch loop", 0.5)):
+        ratio = 1 / found[other].median
+        quartiles = f"{1 / found[other].high:.3f} to {1 / found[other].low:.3f}"
+        yield Row(
+            f"2. training step <= {limit}x of {other}", f"{ratio:.3f}", quartiles, ratio <= limit, f"{name}; {times}"
+        )
+    own = (mixture - seconds["JAX base"]) / (seconds["PEFT LoRA"] - seconds["PyTorch base"])
+    note = f"{name}; the step minus that of the frozen base, both in their own framework"
+    yield Row("2. the adapters' own cost <= 1x of PEFT LoRA's", f"{own:.3f}", "", own <= 1, note)
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    batch, length, rounds = (2, 16, 3) if quick else (BATCH, LENGTH, 7)
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes = llama.QUICK if quick else llama.FULL
+        name = f"{sizes}, {batch} x {length} tokens, E {EXPERTS}, r {RANK}, top {TOP_K}"
+        yield from measure(llama.save(scratch, quick=quick), name, batch=batch, length=length, rounds=rounds)
+
+
+if __name__ == "__main__":
+    alone(rows)
