@@ -7,6 +7,7 @@ no adapter to train: it is the forward pass and the backward pass to the embeddi
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Moved(nnx.Module):
         return self.embed(ids) + self.offset[...]
 
 
-def jax_base(directory: Path, ids: np.ndarray) -> Callable[[], object]:
+def jax_base(directory: Path, ids: np.ndarray) -> Callable[[], Any]:
     model = mlj.load_base_model(directory)
     model.model.embed_tokens = Moved(model.model.embed_tokens, jnp.zeros((ids.size, model.config.hidden_size)))
     graph, offset, frozen = nnx.split(model, nnx.BatchStat, ...)
@@ -98,18 +99,17 @@ def torch_loop(directory: Path, ids: np.ndarray) -> Callable[[], object]:
 
 def measure(directory: Path, name: str, *, batch: int, length: int, rounds: int) -> Iterator[Row]:
     ids = np.random.default_rng(0).integers(3, 250, (batch, length))
-    found = interleaved(
-        {
-            "JAX base": jax_base(directory, ids),
-            "JAX LoRA": jax_adapter(directory, ids, r=EXPERTS * RANK, num_experts=1),
-            "JAX mixture": jax_adapter(directory, ids, r=RANK, num_experts=EXPERTS, top_k=TOP_K),
-            "PyTorch base": torch_base(directory, ids),
-            "PEFT LoRA": torch_lora(directory, ids),
-            "PyTorch loop": torch_loop(directory, ids),
-        },
-        "JAX mixture",
-        rounds=rounds,
-    )
+    candidates: dict[str, Callable[[], Any]] = {
+        "JAX base": jax_base(directory, ids),
+        "JAX LoRA": jax_adapter(directory, ids, r=EXPERTS * RANK, num_experts=1),
+        "JAX mixture": jax_adapter(directory, ids, r=RANK, num_experts=EXPERTS, top_k=TOP_K),
+        "PyTorch base": torch_base(directory, ids),
+        "PEFT LoRA": torch_lora(directory, ids),
+        "PyTorch loop": torch_loop(directory, ids),
+    }
+    loss, _ = candidates["JAX base"]()
+    np.testing.assert_allclose(loss, candidates["PyTorch base"](), rtol=1e-4)  # the same base in both frameworks
+    found = interleaved(candidates, "JAX mixture", rounds=rounds)
     seconds = {who: ratio.seconds for who, ratio in found.items()}
     times = ", ".join(f"{who} {s * 1e3:.0f} ms = {ids.size / s:.0f} tokens/s" for who, s in seconds.items())
     mixture = seconds["JAX mixture"]

@@ -116,8 +116,8 @@ def test_on_eval_gets_the_adapter_of_its_step_which_stays_valid(straight, tmp_pa
 def test_the_localized_loss_is_left_out_or_refused(tmp_path):
     data, few = token_data(4), settings(steps=1)
     with pytest.raises(TrainingError, match="router_aux_loss_coef: found 0.1 with router_aux_loss 'localized'"):
-        train(tiny_model(router_aux_loss="localized", router_aux_loss_coef=0.1), data, tmp_path, few)
-    model, plain = tiny_model(router_aux_loss="localized"), tiny_model()
+        train(tiny_model(num_experts=4, router_aux_loss="localized", router_aux_loss_coef=0.1), data, tmp_path, few)
+    model, plain = tiny_model(num_experts=4, router_aux_loss="localized"), tiny_model(num_experts=4)
     train(model, data, tmp_path / "localized", few)
     train(plain, data, tmp_path / "none", few)
     for slot, tensor in mlj.to_adapter(plain).tensors.items():
