@@ -84,4 +84,4 @@ build/bench-peers/mixlora: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target build/bench-peers mixlora==0.2.3
 
 clean:
-	rm -rf .venv quickstart_output build dist *.egg-info
+	rm -rf .venv quickstart_output notebooks/output build dist *.egg-info
