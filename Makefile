@@ -27,7 +27,8 @@ lint: .venv/installed
 
 # the long form of the robustness tests: faults, kills, flipped bits, hostile files; what was tried is counted at the end
 trust: .venv/installed
-	$(BIN)/python -m pytest tests/test_trust_*.py --full
+	$(BIN)/python -m pytest --full \
+		tests/test_trust_*.py tests/test_golden.py tests/test_interrupt.py tests/test_train_loop.py tests/test_verbs_train.py
 
 # atheris looks for bytes that reach new code in the readers; it is installed beside the project
 fuzz: .venv/installed

@@ -70,13 +70,14 @@ def test_an_existing_one_is_never_written_again(capsys):
 
 
 @every_golden
-def test_it_is_read_as_it_was_written(golden):
+def test_it_is_read_as_it_was_written(golden, tally):
     assert manifest(golden.directory) == golden.description["stored"]
     assert interop.detect(golden.directory) == golden.description["layout"]
     adapter = golden.read()
     found = {f"{module}:{role}": summary(tensor) for (module, role), tensor in adapter.tensors.items()}
     assert found == golden.description["tensors"]
     assert adapter.config.to_dict() == golden.description["config"] | adapter_bookkeeping(adapter, golden)
+    tally("golden directories read", tried=1, lost=0)
 
 
 def adapter_bookkeeping(adapter, golden):
