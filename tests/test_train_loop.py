@@ -205,7 +205,7 @@ def test_old_checkpoints_are_removed_and_a_finished_run_can_be_resumed(tmp_path)
 
 def test_a_run_is_not_overwritten_and_another_one_not_continued(straight):
     out, _, _ = straight
-    with pytest.raises(TrainingError, match=r"already holds a run; resume it \(--resume\), or choose another output_dir"):
+    with pytest.raises(TrainingError, match=r"already holds a run; resume it \(--resume\), or choose"):
         train(tiny_model(**NOISY), DATA, out, settings(), eval_data=token_data(3, seed=9))
     with pytest.raises(TrainingError) as caught:
         train(tiny_model(r=4), token_data(11), out, settings(resume=True, learning_rate=1.0, batch_size=1))

@@ -1,14 +1,17 @@
 """Many processes on one adapter, and many loads in one process."""
 
-import gc
 import multiprocessing
 
-import numpy as np
 import pytest
 
 import interop
 from interop.samples import sample
-from tests.trust_workers import read_for_a_while, rss, save_for_ever
+from tests.trust_workers import (
+    load_and_remove_in_jax,
+    load_switch_and_delete_in_peft,
+    read_for_a_while,
+    save_for_ever,
+)
 
 MARGIN = 1.05  # of the memory after warming up
 
@@ -56,73 +59,28 @@ def test_eight_processes_read_one_adapter(tmp_path, tries, tally, processes):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def grown(cycle, cycles: int) -> tuple[float, int]:
-    """Memory after `cycles` relative to that after a third of them, and the cycles in which it was measured."""
-    warm = cycles // 3
-    for n in range(cycles):
-        cycle(n)
-        if n == warm:
-            gc.collect()
-            before = rss()
-    gc.collect()
-    return rss() / before, cycles - warm
-
-
-def test_loading_and_removing_in_jax_leaks_no_memory(tmp_path, tries, tally):
-    import jax
-
-    from moe_lora_jax import load_adapter, remove_moe_lora
+def test_loading_and_removing_in_jax_leaks_no_memory(tmp_path, tries, tally, processes):
+    from moe_lora_jax import save_pretrained
     from tests.test_checkpoint import adapted
-    from tests.toy import Toy, run
 
     for n, fields in enumerate((dict(r=4), dict(r=4, num_experts=5))):
-        interop.write(interop.read(saved(adapted(**fields), tmp_path / f"made{n}")), tmp_path / str(n))
-    model, kept = Toy(), {}
-
-    def cycle(n):
-        load_adapter(model, tmp_path / str(n % 2))
-        found = np.array(run(model))  # a copy: the view that `run` returns keeps the array of jax alive
-        assert np.array_equal(found, kept.setdefault(n % 2, found))
-        remove_moe_lora(model)
-        if n % 10 == 9:
-            gc.collect()
-            assert len(jax.live_arrays()) == kept.setdefault("arrays", len(jax.live_arrays()))
-
-    growth, cycles = grown(cycle, tries(40, 300))
+        save_pretrained(adapted(**fields), tmp_path / str(n))
+    cycles = tries(40, 300)
+    with processes.Pool(1) as pool:
+        growth = pool.apply(load_and_remove_in_jax, (tmp_path, cycles))
     assert growth < MARGIN
     tally("load and remove in JAX", tried=cycles, lost=0)
 
 
-def saved(model, directory):
-    from moe_lora_jax import save_pretrained
-
-    save_pretrained(model, directory)
-    return directory
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_loading_switching_and_deleting_in_peft_leaks_no_memory(tmp_path, tries, tally):
+def test_loading_switching_and_deleting_in_peft_leaks_no_memory(tmp_path, tries, tally, processes):
     import peft
-    import torch
-
-    from tests.test_peft_support import config, logits, tiny_llama
+    from test_peft_support import config, tiny_llama
 
     for n, fields in enumerate((dict(r=4), dict(r=8, num_experts=5))):
         peft.get_peft_model(tiny_llama(), config(**fields)).save_pretrained(tmp_path / str(n))
-    model, kept = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "0"), {}
-
-    def cycle(n):
-        name = f"adapter_{n}"
-        model.load_adapter(tmp_path / str(n % 2), name)
-        model.set_adapter(name)
-        found = logits(model)
-        assert torch.equal(found, kept.setdefault(n % 2, found))
-        model.set_adapter("default")
-        model.delete_adapter(name)
-        del found
-        kept.setdefault("parameters", sum(1 for _ in model.parameters()))
-        assert sum(1 for _ in model.parameters()) == kept["parameters"]
-
-    growth, cycles = grown(cycle, tries(40, 300))
+    cycles = tries(40, 300)
+    with processes.Pool(1) as pool:
+        growth = pool.apply(load_switch_and_delete_in_peft, (tmp_path, cycles))
     assert growth < MARGIN
     tally("load, switch and delete in PEFT", tried=cycles, lost=0)

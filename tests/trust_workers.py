@@ -1,11 +1,14 @@
 """What the robustness tests run in processes of their own, which import neither jax nor torch. No test of its own."""
 
+import gc
 import itertools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 import interop
 from interop import Adapter, CheckpointError
@@ -50,6 +53,58 @@ def read_for_a_while(adapters: Mapping[str, Adapter], directory: Path, reads: in
 
 def _bits(adapter: Adapter) -> tuple[str, ...]:
     return (repr(adapter.config), *(f"{slot}{t.tobytes()!r}" for slot, t in sorted(adapter.tensors.items())))
+
+
+def load_and_remove_in_jax(folder: Path, cycles: int) -> float:
+    """Loads folder/0 and folder/1 in turn; memory at the end relative to that after a third of the cycles."""
+    import jax
+
+    from moe_lora_jax import load_adapter, remove_moe_lora
+    from tests.toy import Toy, run
+
+    model, kept = Toy(), {}
+
+    def cycle(n: int) -> None:
+        load_adapter(model, folder / str(n % 2))
+        found = np.array(run(model))  # a copy: the view that `run` returns keeps the array of jax alive
+        assert np.array_equal(found, kept.setdefault(n % 2, found))
+        remove_moe_lora(model)
+        if n % 10 == 9:
+            gc.collect()
+            assert len(jax.live_arrays()) == kept.setdefault("arrays", len(jax.live_arrays()))
+
+    return _growth(cycle, cycles)
+
+
+def load_switch_and_delete_in_peft(folder: Path, cycles: int) -> float:
+    """Likewise, beside an adapter that stays."""
+    import peft
+    import torch
+
+    from tests.test_peft_support import logits, tiny_llama
+
+    model, kept = peft.PeftModel.from_pretrained(tiny_llama(), folder / "0"), {}
+
+    def cycle(n: int) -> None:
+        model.load_adapter(folder / str(n % 2), f"adapter_{n}")
+        model.set_adapter(f"adapter_{n}")
+        found = logits(model)
+        assert torch.equal(found, kept.setdefault(n % 2, found))
+        model.set_adapter("default")
+        model.delete_adapter(f"adapter_{n}")
+        assert len(list(model.parameters())) == kept.setdefault("parameters", len(list(model.parameters())))
+
+    return _growth(cycle, cycles)
+
+
+def _growth(cycle: Callable[[int], None], cycles: int) -> float:
+    for n in range(cycles):
+        cycle(n)
+        if n == cycles // 3:
+            gc.collect()
+            before = rss()
+    gc.collect()
+    return rss() / before
 
 
 def rss() -> int:
