@@ -67,7 +67,7 @@ def torch_base(directory: Path, ids: np.ndarray) -> Callable[[], object]:
         embedded = model.get_input_embeddings()(tokens).requires_grad_()
         loss = model(inputs_embeds=embedded, labels=tokens).loss
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
@@ -81,7 +81,7 @@ def torch_step(model: torch.nn.Module, ids: np.ndarray) -> Callable[[], object]:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 

@@ -329,7 +329,8 @@ def test_hostile_files_in_peft(tmp_path, tries, tally):
     config = json.loads(samples()["native"][CONFIG])
     cases = [(field, value) for field in config for value in HOSTILE]
     cases = random.Random(3).sample(cases, tries(60, len(cases)))
-    cases += [("target_modules", "(a+)+b"), ("rank_pattern", {"(.*)*b": 2}), ("exclude_modules", "(.*.*)*b")]
+    # not in rank_pattern, alpha_pattern or exclude_modules: PEFT 0.21.2 itself matches those with `re`, for any method
+    cases += [("target_modules", "(a+)+b"), ("num_experts_pattern", {"(.*)*b": 2})]
     weights = samples()["native"][WEIGHTS]
     for number, (field, value) in enumerate(cases):
         directory = tmp_path / str(number)
