@@ -25,7 +25,11 @@ from moe_lora_jax.train.run_dir import RunDirectory
 from moe_lora_jax.train.settings import TrainSettings
 from tests.faulty_disk import Disk
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
+pytestmark = [
+    pytest.mark.usefixtures("compiled_once"),
+    # of several reads of orbax that fail together, all but the first are reported as the garbage is collected
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 DATA = token_data(10)
 NOISY = {"lora_dropout": 0.2, "expert_dropout": 0.1, "router_aux_loss_coef": 0.01}
 
@@ -43,6 +47,12 @@ def values(snapshot: Snapshot) -> list[np.ndarray]:
 def same(found: Snapshot, expected: tuple) -> bool:
     position, arrays = expected
     return found.position == position and [a.tobytes() for a in values(found)] == [a.tobytes() for a in arrays]
+
+
+@pytest.fixture(autouse=True)
+def garbage_is_collected_here():
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +84,6 @@ def restored(folder: Path, like: Snapshot) -> Snapshot:
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
-# of several reads of orbax that fail together, all but the first are reported as the garbage is collected
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_file_of_the_last_checkpoint_missing_cut_or_flipped(run, tmp_path, tries, tally, caplog):
     """What is restored is the last checkpoint, to the bit, or the one before, with a warning."""
     out, saved, like = run
@@ -106,7 +114,6 @@ def test_every_file_of_the_last_checkpoint_missing_cut_or_flipped(run, tmp_path,
             if not same(found, saved[found.step]) or warned != (found.step == 2):
                 lost.append((str(victim), damage, found.step))
             shutil.rmtree(folder)
-    gc.collect()
     assert not lost, lost[:5]
     assert steps == {2, 4}  # some damage does no harm: orbax keeps things twice
     tally("checkpoints of a run damaged", tried=tried, lost=len(lost))

@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,16 @@ import interop
 from interop import Adapter, CheckpointError
 
 
-def save_for_ever(adapters: Mapping[str, Adapter], directory: Path, layout: str, saves: int | None = None) -> None:
+def save_for_ever(
+    adapters: Mapping[str, Adapter], directory: Path, layout: str, saves: int | None = None, pause: float = 0
+) -> None:
     """Saves one adapter after the other (for ever if `saves` is None); the file saves_go_on says that it has begun."""
     turn = itertools.cycle(adapters.values())
     for n in itertools.count() if saves is None else range(saves):
         interop.write(next(turn), directory, layout)
         if n == 1:
             (directory / "saves_go_on").touch()
+        time.sleep(pause)
 
 
 def save_as_another_user(adapter: Adapter, directory: Path) -> str:
