@@ -81,7 +81,6 @@ def mixlora_step(base: Path, adapter: Path, ids: np.ndarray) -> Step:
         sys.path.remove(str(PEERS))
     config, weights = mixlora.load_adapter_weights(str(adapter), device="cpu")
     model = base_model(base)
-    config.target_modules_ |= dict.fromkeys(TARGETS, True)  # it knows layers by the last part of their names only
     config.act_fn_ = model.config.hidden_act  # meant to be optional, but it fails without
     config.lora_dropout_ = 0.1  # it insists on a number above 0; the experts are put in evaluation mode below
     mixlora.inject_adapter_in_model(model, config, weights)

@@ -65,10 +65,10 @@ def replace_files(
         raise CheckpointError("could not save", problems) from error
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes one UTF-8 file, which is at every moment the old one or the new one."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes one file, which is at every moment the old one or the new one."""
     new = path.with_name(f"{path.name}.new")
-    new.write_text(text, "utf-8")
+    new.write_bytes(content)
     _sync(new)
     os.replace(new, path)
     _sync(path.parent)

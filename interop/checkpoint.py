@@ -21,7 +21,7 @@ from interop.digest import begun, digest
 from interop.errors import CheckpointError, ConfigError
 from interop.prototypes import complete_prototypes
 from interop.registry import dialect_named, file_dialects
-from interop.rules import Canonical, decode, encode
+from interop.rules import Canonical, Sizes, decode, encode
 
 CHECKPOINT_FILES = (files.CONFIG_NAME, files.WEIGHTS_NAME, storage.BIN_NAME, storage.NPZ_NAME)
 RETRIES = 5
@@ -109,21 +109,23 @@ def _open(
         tensors, found = decode(table.rules, flat, config_sizes(config))
         _check_digest(path, config, flat, stored.metadata)
         return _adapter(path, table, config, tensors, problems + found), DIGEST in stored.metadata
-    tensors, problems = decode(table.rules, flat, _raw_sizes(table, stored.raw))
-    if table.folders is not None and table.folders.sidecar:
-        tensors = complete_prototypes(tensors)
+
+    def decoded(sizes: Sizes) -> tuple[Canonical, list[str]]:
+        tensors, problems = decode(table.rules, flat, sizes)
+        has_sidecar = table.folders is not None and table.folders.sidecar
+        return complete_prototypes(tensors) if has_sidecar else tensors, problems
+
+    tensors, problems = decoded(_raw_sizes(table, stored.raw))
     try:
         config = config_of(table, stored.raw, tensors, options)
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be read as {table.name}", [*problems, *error.problems]) from None
-    tensors, problems = decode(table.rules, flat, config_sizes(config))  # now with every size known
-    if table.folders is not None and table.folders.sidecar:
-        tensors = complete_prototypes(tensors)
+    tensors, problems = decoded(config_sizes(config))  # now with every size known
     return _adapter(path, table, config, tensors, problems), False
 
 
 def layout_of(path: Path) -> str:
-    """ "native" if the config says so: then what does not fit is wrong, not of another layout; else as detected."""
+    """The native one if the config says so: then what does not fit is wrong, not of another layout; else `detect`."""
     return "native" if _says_native(path) else detect(path)
 
 
@@ -200,7 +202,7 @@ def _adapter(path: Path, table: Dialect, config: MoeLoraConfig, tensors: Canonic
     return adapter
 
 
-def _raw_sizes(table: Dialect, raw: Mapping[str, Any]):  # noqa: ANN202
+def _raw_sizes(table: Dialect, raw: Mapping[str, Any]) -> Sizes:
     """What is known of the sizes before the config is: the number of experts, if their config has it."""
     names = {f.ours: f.theirs for f in table.fields}
     experts, splits = raw.get(names.get("num_experts", "")), raw.get(names.get("n_splits", ""))

@@ -21,7 +21,6 @@ from interop.dialect import Dialect, Folders, lookup
 from interop.errors import CheckpointError
 from interop.files import TensorInfo
 
-Loader = Callable[[], np.ndarray]
 BIN_NAME = "adapter_model.bin"
 NPZ_NAME = "adapter_model.npz"
 
@@ -31,7 +30,7 @@ class Stored:
 
     def __init__(self, raw: dict[str, Any], parts: Mapping[str, Path]):
         self.raw = raw
-        self._parts = {prefix: path for prefix, path in parts.items() if path is not None}
+        self._parts = dict(parts)
         self._binary: dict[str, dict[str, np.ndarray]] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from interop.atomic import replace_file
 from interop.errors import ConfigError
 from interop.suggest import expected
 
@@ -53,7 +54,7 @@ def write_file(file: Path, values: Mapping[str, Any]) -> None:
 
     plain = {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in values.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "utf-8")
+    replace_file(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 
 
 def _flag(name: str, value: Any) -> list[str]:

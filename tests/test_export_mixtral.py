@@ -275,15 +275,19 @@ def test_damaged_bases(damage, saved, tmp_path):
     elif damage == "shard":
         shard.write_bytes(shard.read_bytes()[:50])
     else:
-        name = next(iter(load_file(sorted(base.glob("model-*"))[0])))
-        save_file({name if damage == "twice" else "x": np.zeros(3, "float64" if damage == "dtype" else "f4")}, shard)
+        tensors = load_file(shard)
+        if damage == "twice":
+            tensors[next(iter(load_file(sorted(base.glob("model-*"))[0])))] = np.zeros(3, "f4")
+        else:
+            tensors = {name: tensor.astype("float64") for name, tensor in tensors.items()}
+        save_file(tensors, shard)
     reason = {
         "missing": "missing file",
-        "index": "has neither",
-        "twice": "is in another file too",
-        "dtype": "has dtype F64",
-        "outside": "expected names of files in this directory",
-        "shard": "unreadable safetensors",
+        "index": "neither",
+        "twice": "but the index says",
+        "dtype": "dtype F64",
+        "outside": "is not a file name",
+        "shard": "model-00002-of-00003.safetensors: Error while deserializing header",
     }[damage]
     with pytest.raises(interop.CheckpointError, match=reason):
         export_mixtral(adapter, base, tmp_path / "out")

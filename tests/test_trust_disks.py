@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_directory_of_another_user(tmp_path, processes):
     """As a user who may read it, and not write."""
     trial = Trial(tmp_path, "native", "native")
     for folder in [*tmp_path.parents, tmp_path]:
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+        if Path(tempfile.gettempdir()) in folder.parents:
             folder.chmod(0o755)
     with processes.Pool(1, maxtasksperchild=1) as pool:
         for directory in (trial.directory, tmp_path / "fresh" / "one"):

@@ -12,8 +12,8 @@ from tiny_training import compiled_once, small_dirs  # noqa: F401
 import interop
 from interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.models import load_base_model
+from moe_lora_jax.router_statistics import topic_information
 from moe_lora_jax.train.data import Example
-from moe_lora_jax.verbs import expert_table
 from moe_lora_jax.verbs import quickstart as module
 from moe_lora_jax.verbs.quickstart import quickstart
 
@@ -85,9 +85,9 @@ def test_wrong_arguments(tmp_path):
 
 
 def test_topic_information_is_mutual_information_in_bits():
-    assert expert_table.topic_information(np.full((3, 4), 0.25)) == pytest.approx(0)
-    assert expert_table.topic_information(np.eye(4)) == pytest.approx(2)
+    assert topic_information(np.full((3, 4), 0.25)) == pytest.approx(0)
+    assert topic_information(np.eye(4)) == pytest.approx(2)
     shares = np.random.default_rng(0).dirichlet(np.ones(4), size=3)
     joint = shares / 3
     expected = np.sum(joint * np.log2(joint / (joint.sum(0) * joint.sum(1, keepdims=True))))
-    assert expert_table.topic_information(shares) == pytest.approx(expected)
+    assert topic_information(shares) == pytest.approx(expected)

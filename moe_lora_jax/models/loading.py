@@ -13,10 +13,10 @@ from flax import nnx
 
 from interop.errors import CheckpointError
 from interop.files import read_json
+from interop.weight_files import WeightFiles
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DTYPES, DecoderConfig
 from moe_lora_jax.models.repeat import check_remat
-from moe_lora_jax.models.weight_files import WeightFiles
 
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -94,7 +94,7 @@ def _read(files: WeightFiles, path: tuple[Any, ...], dtype: str) -> jax.Array:
 
 def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
     """The dtype of the tensors; where they differ, config.json must say which is meant."""
-    kinds = sorted({kind for key, kind in files.dtypes.items() if not _INERT.fullmatch(key)})
+    kinds = sorted({info.dtype for key, info in files.infos.items() if not _INERT.fullmatch(key)})
     if len(kinds) == 1:
         return _STORED_DTYPES.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
     declared = stated.get("dtype") or stated.get("torch_dtype")
@@ -105,15 +105,15 @@ def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
 
 def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: DecoderConfig) -> None:
     """Compare names, shapes and dtypes with what the config implies, from the headers alone."""
-    problems = [f"{key}: missing, expected shape {shape}" for key, shape in expected.items() if key not in files.shapes]
-    for key, shape in files.shapes.items():
+    problems = [f"{key}: missing, expected shape {shape}" for key, shape in expected.items() if key not in files.infos]
+    for key, (dtype, shape) in files.infos.items():
         if key in expected and shape != expected[key]:
             problems.append(f"{key}: shape {shape}, expected {expected[key]}")
-        if key in expected and files.dtypes[key] not in _STORED_DTYPES:
-            problems.append(f"{key}: stored as {files.dtypes[key]}, supported are {', '.join(_STORED_DTYPES)}")
+        if key in expected and dtype not in _STORED_DTYPES:
+            problems.append(f"{key}: stored as {dtype}, supported are {', '.join(_STORED_DTYPES)}")
         if key in expected or _INERT.fullmatch(key):
             continue
-        if key != _HEAD or _EMBEDDING not in files.shapes:
+        if key != _HEAD or _EMBEDDING not in files.infos:
             problems.append(f"{key}: unexpected, shape {shape}")
         elif not np.array_equal(files.read(_HEAD), files.read(_EMBEDDING)):
             problems.append(f"{_HEAD}: differs from {_EMBEDDING}, but config.json says tie_word_embeddings")

@@ -32,7 +32,7 @@ def plot_router(
 
     Args:
         source: a model with an adapter, what `router_statistics` returned, or {module: weights [expert] or
-            [row, expert]} (as `gate_shares` returns), whose rows are averaged.
+            [row, expert]}, whose rows are averaged.
         data: for a model: from `read_data`, or several by topic.
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from interop.atomic import replace_text
+from interop.atomic import replace_file
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
 
@@ -80,7 +80,7 @@ class RunDirectory:
         """Opens metrics.jsonl for a run that stands after `step`: later lines are removed, the others returned."""
         path = self.folder / METRICS
         kept = [record for record in read_metrics(self.output_dir) if record["step"] <= step]
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._metrics = path.open("a", encoding="utf-8")
         if self.tensorboard:
             self._events = Events(self.folder / "tensorboard", kept)
@@ -112,7 +112,7 @@ class RunDirectory:
         if not path.exists():
             if self.resume:
                 raise TrainingError("nothing to resume", [f"{self.output_dir}: no run has started there"])
-            replace_text(path, json.dumps(self.identity, indent=2) + "\n")
+            replace_file(path, (json.dumps(self.identity, indent=2) + "\n").encode())
             return
         if not self.resume:
             problem = f"{self.output_dir}: already holds a run; resume it (--resume), or choose another output_dir"

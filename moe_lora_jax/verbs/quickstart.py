@@ -163,9 +163,10 @@ def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, TokenDat
 
 
 def _show_experts(model: "CausalLM", topics: "dict[str, TokenData]", pad_id: int, console: "Console") -> None:
-    from moe_lora_jax.verbs.expert_table import expert_table, gate_shares, topic_information
+    from moe_lora_jax.router_statistics import router_statistics, topic_information
+    from moe_lora_jax.verbs.expert_table import expert_table
 
-    shares = gate_shares(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id)
+    shares = router_statistics(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id).by_topic
     best = max(shares, key=lambda module: topic_information(shares[module]))
     console.print(expert_table(best, list(topics), shares[best]))
     if len(topics) > 1:

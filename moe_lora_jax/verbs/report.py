@@ -1,12 +1,12 @@
 """`moe-lora report`: an HTML page with pictures of an adapter: its routers on data, its experts, its training."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 import interop
+from interop.atomic import replace_file
 from interop.verbs_convert import Layout, Options, parse_options
 
 
@@ -69,16 +69,10 @@ def report(
         sections = all_sections(adapter, statistics, read_metrics(directory) or "There are no records of the training.")
         lines = [examples.describe(), f"adapter {directory}", f"base model {model}"]
         html = render(f"Report on {directory.absolute().name}", "; ".join(lines), summary(base), sections)
-        _write(page, html.encode())
+        pictures = page.with_suffix("")
+        pictures.mkdir(parents=True, exist_ok=True)
+        replace_file(page, html.encode())
         for section in sections:
             if section.figure is not None:
-                _write(page.with_suffix("") / f"{section.name}.png", section.png)
-    print(f"{page}: {sum(s.figure is not None for s in sections)} figures, also as PNG in {page.with_suffix('')}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(content)
-    os.replace(new, path)
+                replace_file(pictures / f"{section.name}.png", section.png)
+    print(f"{page}: {sum(s.figure is not None for s in sections)} figures, also as PNG in {pictures}")

@@ -1,4 +1,4 @@
-"""A directory's safetensors files as one mapping from key to tensor. Headers first; tensors one at a time."""
+"""A model directory's safetensors files as one mapping from key to tensor. Headers first; tensors one at a time."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from interop.errors import CheckpointError
-from interop.files import opened, read_json
+from interop.files import TensorInfo, read_header, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -20,16 +20,15 @@ class WeightFiles(ExitStack):
     A context manager. Entering memory-maps the files and reads their headers only.
 
     Attributes:
-        shapes: key -> shape.
-        dtypes: key -> safetensors dtype name ("F32", "BF16", ...).
+        directory: where they are.
+        infos: {key: dtype and shape}.
     """
 
     def __init__(self, directory: Path):
         """Raises CheckpointError, with every problem of the index and the files."""
         super().__init__()
         self.directory = directory
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        self.infos: dict[str, TensorInfo] = {}
         self._handles: dict[str, Any] = {}
         try:
             self._open()
@@ -46,7 +45,7 @@ class WeightFiles(ExitStack):
         problems: list[str] = []
         for name in [SINGLE] if index is None else sorted(set(index.values())):
             try:
-                opened(self.directory / name, "safetensors file").close()  # a pipe or device would be waited for
+                infos, _ = read_header(self.directory / name)
                 handle = self.enter_context(safe_open(self.directory / name, framework="numpy"))
             except CheckpointError as error:
                 problems.extend(error.problems)
@@ -54,16 +53,13 @@ class WeightFiles(ExitStack):
             except (OSError, SafetensorError) as error:
                 problems.append(f"{name}: {error}")
                 continue
-            for key in handle.keys():
+            for key, info in infos.items():
                 if index is not None and index.get(key) != name:
                     problems.append(f"{key}: found in {name}, but the index says {index.get(key)}")
                     continue
-                part = handle.get_slice(key)
-                self._handles[key] = handle
-                self.shapes[key] = tuple(part.get_shape())
-                self.dtypes[key] = part.get_dtype()
+                self._handles[key], self.infos[key] = handle, info
         if not problems and index is not None:
-            absent = {key: name for key, name in index.items() if key not in self.shapes}
+            absent = {key: name for key, name in index.items() if key not in self.infos}
             problems = [f"{key}: not in {name}, where the index puts it" for key, name in absent.items()]
         if problems:
             raise CheckpointError(f"cannot read the weights in {self.directory}", problems)
