@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers peft-suite peft-suite-quick trust fuzz zero3 compat package audit clean
+.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust fuzz zero3 compat package audit clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
@@ -83,6 +83,18 @@ bench-peers: build/bench-peers/mixlora
 
 build/bench-peers/mixlora: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target build/bench-peers mixlora==0.2.3
+
+# does a mixture beat one LoRA? Hours on a CPU; stopped, the same command goes on. benchmarks/effect/RESULTS.md
+effect: .venv/installed build/effect/packages build/smollm2/config.json
+	PYTHONPATH=.:build/effect/packages $(BIN)/python -m benchmarks.effect build/smollm2
+	$(BIN)/python -m benchmarks.effect.table
+
+build/effect/packages: | .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ \
+		num2words==0.5.14 docopt==0.6.2 lemminflect==0.2.3 babel==2.18.0 pycountry==26.2.16 chatterbot-corpus==1.3.3
+
+build/smollm2/config.json: | .venv/installed
+	$(BIN)/python tools/smollm2.py build/smollm2
 
 clean:
 	rm -rf .venv quickstart_output notebooks/output build dist *.egg-info

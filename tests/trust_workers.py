@@ -42,10 +42,15 @@ def save_as_another_user(adapter: Adapter, directory: Path) -> str:
 
 
 def read_for_a_while(adapters: Mapping[str, Adapter], directory: Path, reads: int) -> dict[str, int]:
-    """How often each adapter was read, "refused", or another thing."""
+    """How often each adapter was read, "refused", or another thing.
+
+    Reads at least `reads` times, and then until each adapter was seen (at most a minute): a reader that keeps time with
+    the writer may meet the same one again and again.
+    """
     known = {_bits(adapter): name for name, adapter in adapters.items()}
     seen: Counter[str] = Counter()
-    for _ in range(reads):
+    end = time.monotonic() + 60
+    while seen.total() < reads or (not seen.keys() >= set(known.values()) and time.monotonic() < end):
         try:
             seen[known.get(_bits(interop.read(directory)), "a mixture")] += 1
         except CheckpointError as error:

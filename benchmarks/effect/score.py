@@ -1,0 +1,59 @@
+"""Loss and exact match of every example, in one forward pass, and what the routers did on the answers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_lora_jax.train.batches import collate
+from moe_lora_jax.train.data import Example
+from moe_lora_jax.train.health import RouterSums, router_sums
+from moe_lora_jax.train.step import Batch
+
+ROWS = 16  # of one forward pass
+
+
+class Scores(NamedTuple):
+    """loss: [example], mean nats per counted token. correct: [example]. router: sums over all counted tokens."""
+
+    loss: np.ndarray
+    correct: np.ndarray
+    router: dict[str, RouterSums]
+
+
+Scorer = Callable[[nnx.State, Sequence[Example], int], Scores]
+
+
+def make_scorer(graphdef: nnx.GraphDef) -> Scorer:
+    """(state, examples, length) -> Scores; `graphdef` and `state` are of the whole model in evaluation mode.
+
+    An answer is correct if each of its tokens is the most likely one after the prompt and the right tokens before it:
+    exactly when greedy decoding writes those tokens. An answer in other tokens of the same text counts as wrong.
+    """
+
+    @jax.jit
+    def forward(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, RouterSums]]:
+        model: Any = nnx.merge(graphdef, state, copy=True)
+        logits, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
+        logits, targets, counted = logits[:, :-1], batch.input_ids[:, 1:], batch.loss_mask[:, 1:]
+        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        loss = jnp.sum(nll * counted, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)
+        correct = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~counted, axis=1)
+        # the router's decision at a token serves the prediction of the next one
+        decides = jnp.pad(counted, ((0, 0), (0, 1)))
+        return loss, correct, router_sums(router, decides)
+
+    def score(state: nnx.State, examples: Sequence[Example], length: int) -> Scores:
+        losses, hits, totals = [], [], None
+        for start in range(0, len(examples), ROWS):
+            part = examples[start : start + ROWS]
+            loss, correct, router = forward(state, collate(part, ROWS, (length,), 0).batch)
+            losses.append(np.asarray(loss)[: len(part)])
+            hits.append(np.asarray(correct)[: len(part)])
+            totals = router if totals is None else jax.tree.map(jnp.add, totals, router)
+        return Scores(np.concatenate(losses), np.concatenate(hits), totals or {})
+
+    return score
