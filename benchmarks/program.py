@@ -12,12 +12,16 @@ from benchmarks.llama import FULL, QUICK
 from benchmarks.measure import Row
 from benchmarks.table import alone
 from moe_lora_jax.models import DecoderConfig
+from moe_lora_jax.models.stacked import stack_layers, unstack_layers
 
 BATCH, LENGTH = 8, 128
 
 
 def gradient(*, layers: int, experts: int, scan_layers: bool, remat: bool, quick: bool) -> jax.stages.Lowered:
-    """The gradient of the mean log-likelihood for the adapter. No weights are made: shapes suffice."""
+    """The gradient of the mean log-likelihood for the adapter. No weights are made: shapes suffice.
+
+    A scanned program takes its layers stacked, as the library's train step does.
+    """
     sizes = QUICK if quick else FULL
     heads = sizes["hidden_size"] // (16 if quick else 64)
     stated = {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads, "architectures": ["LlamaForCausalLM"]}
@@ -28,10 +32,11 @@ def gradient(*, layers: int, experts: int, scan_layers: bool, remat: bool, quick
         config = mlj.MoeLoraConfig(r=8, num_experts=experts, top_k=2, target_modules="all-linear")
         return mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0))  # type: ignore[return-value]
 
-    graph, adapter, rest = nnx.split(nnx.eval_shape(make), mlj.MoeLoraParam, ...)
+    graph, *states = nnx.split(nnx.eval_shape(make), mlj.MoeLoraParam, ...)
+    adapter, rest = jax.eval_shape(stack_layers, states) if scan_layers else states
 
     def loss(adapter: nnx.State, rest: nnx.State, ids: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, adapter, rest, copy=True)(ids)
+        logits = nnx.merge(graph, *unstack_layers((adapter, rest)), copy=True)(ids)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1))
 
     ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
@@ -54,7 +59,6 @@ def rows(quick: bool) -> Iterator[Row]:
         "4. program for 32 experts within 2 % of that for 8", f"{many / few:.3f}", "", abs(many / few - 1) <= 0.02, note
     )
 
-    # Argument tuples and the stacking count with the layers; a scan's body does not.
     shallow, deep = size(scan_layers=True), size(scan_layers=True, layers=8)
     loop = size(layers=8)
     note = f"{shallow} and {deep} HLO instructions; the loop over 8 layers has {loop}"

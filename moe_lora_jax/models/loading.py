@@ -35,8 +35,9 @@ def load_base_model(
     Args:
         directory: what `save_pretrained` of transformers wrote, for a supported architecture.
         dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
-        scan_layers: run the layers as one scan, for a program whose size does not grow with their number. It holds a
-            second copy of the layers' weights during a step. Passes with a KV cache (generation) loop all the same.
+        scan_layers: run the layers as one scan, for a train step whose program does not grow with their number.
+            Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) loop all the
+            same.
         remat: recompute each layer in the backward pass: True, or a name of `models.repeat.POLICIES`. Saves memory on
             the CPU only together with `scan_layers`. Neither switch changes values, names or files.
 

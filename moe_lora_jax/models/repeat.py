@@ -1,8 +1,8 @@
 """How a decoder runs its layers: one after the other or as one scan, with or without rematerialisation.
 
 The model keeps a list of layers in either form, so adapters, filters, checkpoints and generation do not know. A scan
-stacks the layers' variables inside the step: its program has the size of one layer, and for the time of the step it
-holds a second copy of the layers' weights.
+stacks the layers' variables inside the step: its body is one layer. What the stacking costs, a copy of the layers'
+weights and instructions for each of them, is gone when the step gets them stacked already (`models.stacked`).
 """
 
 from collections.abc import Callable, Sequence

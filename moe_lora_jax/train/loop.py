@@ -16,7 +16,9 @@ from rich.console import Console
 
 from interop.config import MoeLoraConfig
 from moe_lora_jax.checkpoint import save_pretrained
+from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.filters import PARTS
+from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData
@@ -100,7 +102,7 @@ def train(
     identity = {
         "settings": settings.fixed(),
         "adapter": config.semantic_dict(),
-        "base": base_fingerprint(loop.frozen.base),
+        "base": base_fingerprint(nnx.split(model, MoeLoraParam, nnx.RngState, ...)[-1]),
         "data": data.digest,
         "eval_data": eval_data.digest if eval_data is not None else None,
     }
@@ -166,8 +168,11 @@ class _Loop:
         self.run, self.checkpoints = run, checkpoints
         if checkpoints.latest is not None:
             snapshot = checkpoints.restore(self._snapshot())
-            self.step, self.state = snapshot.step, snapshot.state
-            self.frozen = self.frozen._replace(adapter=snapshot.adapter)
+            state, adapter = snapshot.state, snapshot.adapter
+            if is_scanned(self.model):
+                state, adapter = stack_layers((state, adapter))
+            self.step, self.state = snapshot.step, state
+            self.frozen = self.frozen._replace(adapter=adapter)
             self.batches.restore(snapshot.position)
         for record in run.open_metrics(self.step):
             for key, losses in (("lm_loss", self.losses), ("eval_loss", self.eval_losses)):
@@ -212,7 +217,9 @@ class _Loop:
         self.checkpoints.save(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(self.step, self.state, self.frozen.adapter, self.batches.state())
+        """Layer by layer, whether the layers run as a scan or not."""
+        state, adapter = unstack_layers((self.state, self.frozen.adapter))
+        return Snapshot(self.step, state, adapter, self.batches.state())
 
     def _log(self, metrics: StepMetrics) -> None:
         health = module_health(self.window.router)

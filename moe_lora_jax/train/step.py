@@ -10,6 +10,7 @@ from flax import nnx
 
 from interop.config import MoeLoraConfig
 from moe_lora_jax.experts import MoeLoraParam
+from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.train.health import RouterSums, router_sums
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 
@@ -73,16 +74,21 @@ def split_model(
 
     The trainable variables and the RNG streams are copied, so that donating them leaves the model usable; the base
     weights are shared. `merge_back` writes the result into the model.
+
+    The states of a model that scans its layers are stacked (`models.stacked`), the base weights too: a second copy of
+    the layers, for as long as the states live.
     """
     graphdef, *states = nnx.split(model, trainable, nnx.RngState, MoeLoraParam, ...)
     selected, rng, adapter, base = states
     selected, rng = jax.tree.map(jnp.copy, (selected, rng))
+    if is_scanned(model):
+        selected, rng, adapter, base = stack_layers((selected, rng, adapter, base))
     return graphdef, TrainState(selected, optimizer.init(selected), rng), FrozenState(adapter, base)
 
 
 def merge_back(model: nnx.Module, state: TrainState, frozen: FrozenState) -> None:
     """Writes the trained variables, the rest of the adapter and the RNG streams into the model."""
-    nnx.update(model, state.trainable, state.rng, frozen.adapter)
+    nnx.update(model, *unstack_layers((state.trainable, state.rng, frozen.adapter)))
 
 
 def make_train_step(
@@ -105,7 +111,8 @@ def make_train_step(
         trainable: nnx.State, rng: nnx.State, frozen: FrozenState, micro: Batch, totals: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, tuple[nnx.State, StepMetrics]]:
         # copied, because variables can only be changed (dropout counts) at the trace level that made them
-        model = nnx.merge(graphdef, trainable, rng, frozen.adapter, frozen.base, copy=True)
+        states = unstack_layers((trainable, rng, frozen.adapter, frozen.base))
+        model = nnx.merge(graphdef, *states, copy=True)
         logits, router = model(micro.input_ids, attention_mask=micro.attention_mask, return_router=True)
         lm, balance, z = _losses(logits, router, micro, config)
         tokens = jnp.sum(micro.attention_mask > 0).astype(jnp.float32)
@@ -116,7 +123,8 @@ def make_train_step(
             loss = lm_loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
         sums = router_sums(router, micro.attention_mask)
         metrics = StepMetrics(loss, lm_loss, balance, z, jnp.zeros(()), lm.counted_tokens, tokens, sums)
-        return loss, (nnx.state(model, nnx.RngState), metrics)
+        left = nnx.state(model, nnx.RngState)
+        return loss, (stack_layers(left) if is_scanned(model) else left, metrics)
 
     def step(state: TrainState, frozen: FrozenState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         totals = (
@@ -148,7 +156,7 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Fr
     """
 
     def evaluate(trainable: nnx.State, rng: nnx.State, frozen: FrozenState, batch: Batch) -> EvalSums:
-        model = nnx.merge(graphdef, trainable, rng, frozen.adapter, frozen.base)
+        model = nnx.merge(graphdef, *unstack_layers((trainable, rng, frozen.adapter, frozen.base)))
         logits, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
         lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
         return EvalSums(lm.mean * lm.counted_tokens, lm.counted_tokens, router_sums(router, batch.attention_mask))
