@@ -15,6 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from interop.config import MoeLoraConfig
+from interop.shell import progress
 from moe_lora_jax.checkpoint import save_pretrained
 from moe_lora_jax.filters import PARTS
 from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
@@ -23,10 +24,10 @@ from moe_lora_jax.train.data import TokenData
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary, warn_of_routers_that_cannot_learn
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
-from moe_lora_jax.train.progress import progress_bar, stop_signals
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.stop_signals import stop_signals
 from moe_lora_jax.train.window import Window
 
 
@@ -109,10 +110,10 @@ def train(
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
+        bar = stack.enter_context(progress("compiling the step", console))
         loop.start(run, checkpoints)
-        show = stack.enter_context(progress_bar(console or Console(stderr=True), loop.total_steps, loop.step))
         while loop.step < loop.total_steps and not stop.is_set():
-            loop.advance(show)
+            loop.advance(bar)
         loop.save()
         merge_back(model, loop.state, loop.frozen)
         result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses, stop.number)
@@ -185,7 +186,8 @@ class _Loop:
         self._check_finite(metrics, host)
         self.step += 1
         self.window.add(metrics)
-        show(self.step, float(metrics.lm_loss), self.window.speed)
+        text = f"training: loss {float(metrics.lm_loss):.4f}, {self.window.speed:,.0f} tokens/s"
+        show(self.step, self.total_steps, text)
         settings, last = self.settings, self.step == self.total_steps
         if self.step % settings.log_every == 0 or last or not self.losses:
             self._log(metrics)

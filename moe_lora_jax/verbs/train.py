@@ -12,6 +12,7 @@ import interop
 from interop.config import MoeLoraConfig
 from interop.errors import ConfigError
 from interop.files import read_json
+from interop.shell import Json, Quiet, Shell
 from interop.verb_file import write_file
 from moe_lora_jax.train.settings import TrainSettings
 
@@ -53,7 +54,8 @@ def train(
     tensorboard: bool = TrainSettings.tensorboard,
     resume: bool = TrainSettings.resume,
     config: Path | None = None,
-    quiet: bool = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int | None:
     """Trains an adapter and writes it where PEFT and moe-lora can read it.
 
@@ -98,7 +100,6 @@ def train(
         tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in output_dir.
         config: YAML with any of these flags, as {name: value}; flags on the command line win.
-        quiet: print nothing but errors and warnings.
     """
     values = dict(locals())
     if config is not None:
@@ -118,19 +119,18 @@ def train(
     fields = _adapter_fields(values)
     adapter = MoeLoraConfig.from_dict(fields) if init_adapter is None else None
 
-    from flax import nnx
-    from rich.console import Console
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("importing JAX"):
+        from flax import nnx
 
-    from moe_lora_jax.apply import apply_moe_lora
-    from moe_lora_jax.checkpoint import load_adapter
-    from moe_lora_jax.models import load_base_model
-    from moe_lora_jax.train.data import read_data, split_data
-    from moe_lora_jax.train.loop import train as run
-    from moe_lora_jax.train.tokenizer import load_tokenizer
+        from moe_lora_jax.apply import apply_moe_lora
+        from moe_lora_jax.checkpoint import load_adapter
+        from moe_lora_jax.models import load_base_model
+        from moe_lora_jax.train.data import read_data, split_data
+        from moe_lora_jax.train.loop import train as run
+        from moe_lora_jax.train.tokenizer import load_tokenizer
 
-    console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
-    progress = Console(stderr=True, quiet=quiet)
-    with progress.status("reading the model and the data"):
+    with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(model)
         base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
         vocabulary = base.config.vocab_size
@@ -140,9 +140,9 @@ def train(
             eval_data = read_data(eval_file, tokenizer, max_length=max_length, vocab_size=vocabulary)
         elif eval_fraction:
             train_data, eval_data = split_data(train_data, eval_fraction, seed)
-    console.print(train_data.describe())
+    shell.say(train_data.describe())
     if eval_data is not None:
-        console.print(f"evaluation: {eval_data.describe()}")
+        shell.say(f"evaluation: {eval_data.describe()}")
 
     if adapter is not None:
         apply_moe_lora(base, adapter, rngs=nnx.Rngs(seed))
@@ -154,29 +154,44 @@ def train(
     if not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
     pad_id = tokenizer.pad_token_id or 0
-    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=progress)
+    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
 
+    shell.give(
+        {
+            "output_dir": output_dir,
+            "step": result.step,
+            "total_steps": result.total_steps,
+            "losses": result.losses,
+            "eval_losses": result.eval_losses,
+            "stopped_by": result.stopped_by and result.stopped_by.name,
+            "to_continue": None if result.is_finished else _resume_command(),
+        }
+    )
     if not result.is_finished:
+        if json:
+            return _code(result.stopped_by)
         print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
         print(f"  {_resume_command()}")
-        return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
+        return _code(result.stopped_by)
     if result.losses:
         first, last = min(result.losses), max(result.losses)
-        console.print(
-            f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})"
-        )
+        shell.say(f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})")
     if result.eval_losses:
         first, last = min(result.eval_losses), max(result.eval_losses)
-        console.print(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
-    console.print(f"adapter saved in {output_dir}")
+        shell.say(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
+    shell.say(f"adapter saved in {output_dir}")
     return None
 
 
 CONFIG_NAME = "train.yaml"
-NOT_REPEATED = ("config", "resume", "quiet")
+NOT_REPEATED = ("config", "resume", "json", "quiet")
 # The flags that describe the adapter; those that matter in training only may change what an initial adapter brings.
 TRAINING_FLAGS = ("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef")
 ADAPTER_FLAGS = ("r", "lora_alpha", "num_experts", "top_k", "target_modules", *TRAINING_FLAGS)
+
+
+def _code(stopped_by: signal.Signals | None) -> int:
+    return 0 if stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
 
 
 def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
