@@ -16,6 +16,7 @@ from interop.config import MoeLoraConfig
 from interop.config_fields import options_of
 from interop.dialect import REQUIRED, Dialect
 from interop.errors import ConfigError
+from interop.memory import explained
 from interop.plain_lora import require_empty
 from interop.registry import dialect_named, file_dialects
 from interop.shell import Json, Quiet, Shell
@@ -24,6 +25,10 @@ Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="option", metavar="NAME=VALUE")]
 Layout = Annotated[str | None, tyro.conf.arg(name="from")]
+STEPS = (
+    "adapter_model.bin and adapter_model.npz are read as a whole",
+    "a .safetensors file is read tensor by tensor: one tensor as it is written, with all its experts, must fit",
+)
 _FIELDS = {f.name for f in dataclasses.fields(MoeLoraConfig)}
 
 
@@ -53,7 +58,7 @@ def convert(
     if unknown := [f"allow_loss: {name!r} is no field of the config" for name in allow_loss if name not in _FIELDS]:
         raise ConfigError("invalid arguments", unknown)
     shell = Shell(quiet=quiet, json=json)
-    with shell.progress("converting"):
+    with shell.progress("converting"), explained("converting", STEPS):
         layout = dialect or checkpoint.detect(source)
         table = dialect_named(to)
         with checkpoint.opened(source, layout, **parse_options(options)) as adapter:

@@ -15,6 +15,7 @@ from flax import nnx
 from rich.console import Console
 
 from interop.config import MoeLoraConfig
+from interop.memory import explained
 from interop.shell import progress
 from moe_lora_jax.checkpoint import save_pretrained
 from moe_lora_jax.filters import PARTS
@@ -110,6 +111,7 @@ def train(
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
+        stack.enter_context(explained(*_memory(settings, data)))
         bar = stack.enter_context(progress("compiling the step", console))
         loop.start(run, checkpoints)
         while loop.step < loop.total_steps and not stop.is_set():
@@ -249,6 +251,19 @@ class _Loop:
                 "try a lower learning_rate, more warmup_steps or a smaller max_grad_norm",
             ],
         )
+
+
+def _memory(settings: TrainSettings, data: TokenData) -> tuple[str, list[str]]:
+    """What takes the memory of a run, and what makes it less."""
+    longest = max(len(e.ids) for e in data.examples)
+    return f"training with batches of {settings.batch_size} rows of up to {longest} tokens", [
+        "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
+        "a smaller max_length: activations grow with batch_size and with the longest example",
+        "scan_layers and remat together (of `load_base_model` and of `moe-lora train`) keep no activations of a layer",
+        "the base model in bfloat16 takes half of float32 (dtype)",
+        "every trained number takes 16 bytes: a smaller r, fewer num_experts or target_modules",
+        "the directory keeps the failed run: choose another output_dir, or remove it",
+    ]
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 from interop.errors import ConfigError
+from interop.memory import explained
 from interop.shell import Json, Quiet, Shell
+
+STEPS = (
+    "a smaller max_new_tokens or a shorter prompt: the cache of keys and values grows with both",
+    "the base model in bfloat16 takes half of float32, and so does its cache (dtype)",
+)
 
 
 def generate(
@@ -66,19 +72,20 @@ def generate(
             load_adapter(base, adapter, dialect=dialect)
         bar.stage("compiling, then generating")
         try:
-            decoded = decode(
-                base,
-                jnp.asarray([ids], jnp.int32),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                eos_token_id=end_ids(base, tokenizer),
-                key=jax.random.key(seed),
-            )
+            with explained(f"generating {max_new_tokens} tokens after {len(ids)}", STEPS):
+                decoded = decode(
+                    base,
+                    jnp.asarray([ids], jnp.int32),
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    eos_token_id=end_ids(base, tokenizer),
+                    key=jax.random.key(seed),
+                )
+                tokens = decoded[0, len(ids) :].tolist()  # where a GPU's error about memory shows
         except ValueError as error:
             raise ConfigError("invalid arguments", [str(error)]) from error
-        tokens = decoded[0, len(ids) :].tolist()
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     shell.give({"prompt": prompt, "text": text, "tokens": tokens})
     if not json:

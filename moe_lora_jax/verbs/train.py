@@ -50,6 +50,8 @@ def train(
     keep_checkpoints: int = TrainSettings.keep_checkpoints,
     log_every: int = TrainSettings.log_every,
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    scan_layers: bool = False,
+    remat: bool = False,
     seed: int = TrainSettings.seed,
     tensorboard: bool = TrainSettings.tensorboard,
     resume: bool = TrainSettings.resume,
@@ -96,6 +98,8 @@ def train(
         keep_checkpoints: how many to keep.
         log_every: steps between lines of training/metrics.jsonl.
         dtype: of the base model.
+        scan_layers: compile the layers as one loop: a smaller program, and what remat needs to save memory on a CPU.
+        remat: compute each layer's activations again in the backward pass instead of keeping them.
         seed: of the initial adapter, dropout and data order.
         tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in output_dir.
@@ -132,7 +136,8 @@ def train(
 
     with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(model)
-        base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
+        wanted = None if dtype == "stored" else dtype
+        base = load_base_model(model, dtype=wanted, scan_layers=scan_layers, remat=remat)
         vocabulary = base.config.vocab_size
         train_data = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary)
         eval_data = None
