@@ -17,13 +17,14 @@ from rich.console import Console
 from interop.config import MoeLoraConfig
 from interop.memory import explained
 from interop.shell import progress
+from interop.stuck_routers import warn_of_stuck_routers
 from moe_lora_jax.checkpoint import save_pretrained
 from moe_lora_jax.filters import PARTS
 from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData
 from moe_lora_jax.train.errors import TrainingError
-from moe_lora_jax.train.health import CollapseWatch, module_health, summary, warn_of_routers_that_cannot_learn
+from moe_lora_jax.train.health import CollapseWatch, module_health, summary
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
@@ -98,7 +99,7 @@ def train(
     if config.router_input == "task":
         raise TrainingError("cannot train", ["router_input: found 'task', expected 'hidden': the data has no task ids"])
     loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
-    warn_of_routers_that_cannot_learn(config)
+    warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
     identity = {
         "settings": settings.fixed(),
         "adapter": config.semantic_dict(),

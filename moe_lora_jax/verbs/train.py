@@ -22,14 +22,14 @@ def train(
     data: Path,
     output_dir: Path,
     *,
-    r: int | list[int] = MoeLoraConfig.r,
-    lora_alpha: int | float | list[int | float] = MoeLoraConfig.lora_alpha,
-    num_experts: int = MoeLoraConfig.num_experts,
-    top_k: int | None = MoeLoraConfig.top_k,
-    target_modules: tuple[str, ...] = ("all-linear",),
-    lora_dropout: float = MoeLoraConfig.lora_dropout,
-    router_aux_loss_coef: float = MoeLoraConfig.router_aux_loss_coef,
-    router_z_loss_coef: float = MoeLoraConfig.router_z_loss_coef,
+    r: int | list[int] | None = None,
+    lora_alpha: int | float | list[int | float] | None = None,
+    num_experts: int | None = None,
+    top_k: int | Literal["all"] | None = None,
+    target_modules: tuple[str, ...] | None = None,
+    lora_dropout: float | None = None,
+    router_aux_loss_coef: float | None = None,
+    router_z_loss_coef: float | None = None,
     adapter_config: Path | None = None,
     init_adapter: Path | None = None,
     init_dialect: str | None = None,
@@ -70,16 +70,18 @@ def train(
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
         data: JSONL; each line has text, or prompt and completion, or messages.
         output_dir: where the adapter and the run go.
-        r: rank of one expert, or one rank per expert.
-        lora_alpha: the scaling is lora_alpha / r; one number, or one per expert.
-        num_experts: experts per target module.
-        top_k: experts used per token; None uses all.
-        target_modules: names of linear layers, or all-linear (all but lm_head).
-        lora_dropout: dropout on the experts' input.
-        router_aux_loss_coef: weight of the load-balancing loss.
-        router_z_loss_coef: weight of the router z-loss.
-        adapter_config: JSON with any fields of adapter_config.json, for those that have no flag.
-        init_adapter: continue from this adapter (any readable layout); it brings its own config.
+        r: rank of one expert, or one rank per expert; {r}.
+        lora_alpha: the scaling is lora_alpha / r; one number, or one per expert; {lora_alpha}.
+        num_experts: experts per target module; {num_experts}.
+        top_k: experts used per token; {top_k}.
+        target_modules: names of linear layers, or all-linear (all but lm_head); {target_modules}.
+        lora_dropout: dropout on the experts' input; {lora_dropout}.
+        router_aux_loss_coef: weight of the load-balancing loss; {router_aux_loss_coef}.
+        router_z_loss_coef: weight of the router z-loss; {router_z_loss_coef}.
+        adapter_config: JSON with any fields of adapter_config.json, for those that have no flag. A flag above that is
+            given wins over the file.
+        init_adapter: continue from this adapter (any readable layout). It brings its own config; of the flags above, a
+            dropout or loss coefficient that is given wins over it, 0 too, and the others are refused.
         init_dialect: that layout's name; None detects it.
         epochs: passes over the data.
         steps: optimizer steps, instead of epochs.
@@ -103,7 +105,7 @@ def train(
         seed: of the initial adapter, dropout and data order.
         tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in output_dir.
-        config: YAML with any of these flags, as {name: value}; flags on the command line win.
+        config: YAML with any of these flags, as name: value; flags on the command line win.
     """
     values = dict(locals())
     if config is not None:
@@ -193,6 +195,11 @@ NOT_REPEATED = ("config", "resume", "json", "quiet")
 # The flags that describe the adapter; those that matter in training only may change what an initial adapter brings.
 TRAINING_FLAGS = ("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef")
 ADAPTER_FLAGS = ("r", "lora_alpha", "num_experts", "top_k", "target_modules", *TRAINING_FLAGS)
+DEFAULTS = {f: getattr(MoeLoraConfig, f) for f in ADAPTER_FLAGS} | {"top_k": "all", "target_modules": "all-linear"}
+# so that the help says what a flag is when neither it nor a file is given, and the numbers stay in one place
+train.__doc__ = (train.__doc__ or "").format_map(
+    {f: f"{value} if nothing says otherwise" for f, value in DEFAULTS.items()}
+)
 
 
 def _code(stopped_by: signal.Signals | None) -> int:
@@ -203,25 +210,24 @@ def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
     """The config's fields from the flags and the file; beside init_adapter, those that replace what it brings.
 
     Raises:
-        ConfigError: the same field in a flag and in the file, or a field that is init_adapter's to say.
+        ConfigError: a field that is init_adapter's to say.
     """
-    defaults = {f: getattr(MoeLoraConfig, f) for f in ADAPTER_FLAGS} | {"target_modules": ("all-linear",)}
-    given = [f for f in ADAPTER_FLAGS if values[f] != defaults[f]]
+    given = {f: values[f] for f in ADAPTER_FLAGS if values[f] is not None}
+    if given.get("top_k") == "all":
+        given["top_k"] = None
+    if "target_modules" in given:
+        targets = list(given["target_modules"])
+        given["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     file = values["adapter_config"]
     if values["init_adapter"] is not None:
         wrong = [f for f in given if f not in TRAINING_FLAGS] + (["adapter_config"] if file is not None else [])
         if wrong:
             raise ConfigError("init_adapter brings its own config", [f"{f}: found beside init_adapter" for f in wrong])
-        return {f: values[f] for f in given}
+        return given
     from_file = read_json(file) if file is not None else {}
-    both = [f"{f}: found as a flag and in {file}" for f in given if f in from_file]
-    if both:
-        raise ConfigError("expected each field once", both)
-    flags = {f: values[f] for f in ADAPTER_FLAGS}
-    targets = list(values["target_modules"])
-    flags["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     fixed = {"base_model_name_or_path": str(values["model"]), "task_type": "CAUSAL_LM"}
-    return {"format_version": MoeLoraConfig.format_version, **fixed, **flags, **from_file}
+    defaults = {"format_version": MoeLoraConfig.format_version, "target_modules": DEFAULTS["target_modules"]}
+    return {**defaults, **fixed, **from_file, **given}
 
 
 def _resume_command() -> str:
