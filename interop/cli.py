@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from interop.errors import CheckpointError, ConfigError
+from interop.memory import NEXT_STEPS, explanation, is_out_of_memory
 from interop.suggest import expected
 from interop.verb_file import with_file
 
@@ -17,6 +18,7 @@ GROUP = "moe_lora.verbs"
 EXIT_CODES = """exit codes: 0 done
             1 the verb says no: an adapter is not sound, two outputs differ
             2 wrong use or bad input, with the reasons on stderr
+            3 out of memory, with what makes the work smaller on stderr (where Linux kills the process instead: 137)
             130 interrupted; `train` has saved a checkpoint and says how to continue"""
 
 
@@ -45,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError) as error:
         print(f"moe-lora {args[0]}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or args[0] == "run":  # an error of the script is its own
+            raise
+        print(f"moe-lora {args[0]}: {explanation(error, 'working', NEXT_STEPS)}", file=sys.stderr)
+        return 3
     except ModuleNotFoundError as error:
         if not point.extras:  # then it is not a verb of ours that misses it, but a script that `run` runs
             raise

@@ -11,6 +11,7 @@ from interop.codecs import collapsed, pattern_for
 from interop.config import ModuleConfig, MoeLoraConfig
 from interop.errors import CheckpointError, ConfigError
 from interop.plain_lora import Factors, read_plain_lora
+from interop.progress import OnProgress, no_progress, tracked
 from interop.prototypes import prototypes
 
 ROUTER_STD = 0.02
@@ -26,6 +27,7 @@ def combine(
     seed: int = 0,
     fill_missing: bool = False,
     allow_different_bases: bool = False,
+    on_progress: OnProgress = no_progress,
 ) -> Adapter:
     """A mixture whose expert e is the LoRA adapter in `directories[e]`, with a new router on every target module.
 
@@ -42,6 +44,7 @@ def combine(
         seed: of the random router.
         fill_missing: an adapter without a module that others have gets a zero expert of rank 1 there.
         allow_different_bases: accept adapters for base models of different names; the first one's is kept.
+        on_progress: called with (done, total), in adapters read and then in modules done.
 
     Raises:
         CheckpointError: a directory is no plain LoRA, or the adapters do not have the same modules and sizes.
@@ -51,7 +54,7 @@ def combine(
         raise ConfigError("invalid arguments", [f"router: found {router!r}, expected one of {', '.join(ROUTERS)}"])
     if len(directories) < 2:
         raise ConfigError("invalid arguments", [f"directories: found {len(directories)}, expected at least two"])
-    adapters = _read_all(directories)
+    adapters = _read_all(directories, on_progress)
     modules = sorted({m for a in adapters.values() for m in a.modules})
     problems = _size_problems(adapters, modules)
     if not fill_missing:
@@ -77,17 +80,17 @@ def combine(
     )
     tensors: dict[tuple[str, str], np.ndarray] = {}
     make_rows = _router_rows(router, np.random.default_rng(seed))
-    for module in modules:
+    for module in tracked(modules, on_progress):
         a, b = _stacked(factors[module])
         tensors[module, "lora_A"], tensors[module, "lora_B"] = a, b
         tensors[module, "router"] = make_rows(a, b)
     return Adapter(config, tensors)
 
 
-def _read_all(directories: Sequence[str | os.PathLike[str]]) -> dict[str, Adapter]:
+def _read_all(directories: Sequence[str | os.PathLike[str]], on_progress: OnProgress) -> dict[str, Adapter]:
     """{name: adapter}, in order; the same directory may be given twice."""
     adapters, problems = {}, []
-    for number, directory in enumerate(directories):
+    for number, directory in enumerate(tracked(directories, on_progress)):
         try:
             adapters[f"{number}: {os.fspath(directory)}"] = read_plain_lora(directory)
         except (CheckpointError, ConfigError) as error:

@@ -1,4 +1,4 @@
-"""The two errors this library raises about data: each lists every problem found, not only the first."""
+"""The errors that this library raises: each lists every problem found, or everything to do, not only the first."""
 
 from collections.abc import Sequence
 
@@ -24,3 +24,7 @@ class CheckpointError(_ProblemList):
 
 class ConfigError(_ProblemList, ValueError):
     """A configuration is invalid. `.problems` has one entry per wrong field."""
+
+
+class OutOfMemoryError(_ProblemList, MemoryError):
+    """The work does not fit into memory. `.problems` says what could not be had, then what makes the work smaller."""

@@ -23,6 +23,7 @@ from pathlib import Path
 import tyro
 
 from interop.errors import ConfigError
+from interop.shell import Quiet, Shell
 
 LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
 USAGE = (
@@ -30,28 +31,24 @@ USAGE = (
 )
 
 
-def run(command: tyro.conf.Positional[tuple[str, ...]]) -> int:
+def run(command: tyro.conf.Positional[tuple[str, ...]], *, quiet: Quiet = False) -> int:
     """Run a Python training script with the PEFT method MOE_LORA registered, although the script never imports it.
 
     Args:
         command: What follows `--`: python SCRIPT ARGUMENTS, -m MODULE ARGUMENTS, or a program such as trl.
     """
-    return execute(command)
+    return execute(command, Shell(quiet=quiet))
 
 
-def execute(command: Sequence[str]) -> int:
+def execute(command: Sequence[str], shell: Shell) -> int:
     """Registers the tuner and runs the command in this process; a SystemExit of the script passes through.
 
     Raises:
         ConfigError: the command is no Python script, module or installed Python program.
     """
     module, target, arguments = _parse(command)
-    try:
-        import interop.peft_tuner  # noqa: F401
-    except ModuleNotFoundError as error:
-        problem = f"the package {error.name!r} is missing: pip install 'moe-lora-jax[torch]'"
-        raise ConfigError("the PEFT method cannot be registered", [problem]) from None
-
+    with shell.progress("importing PyTorch and PEFT"):
+        _register()
     if module:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
         sys.argv = [target, *arguments]
@@ -61,6 +58,14 @@ def execute(command: Sequence[str]) -> int:
         sys.argv = [target, *arguments]
         runpy.run_path(target, run_name="__main__")
     return 0
+
+
+def _register() -> None:
+    try:
+        import interop.peft_tuner  # noqa: F401
+    except ModuleNotFoundError as error:
+        problem = f"the package {error.name!r} is missing: pip install 'moe-lora-jax[torch]'"
+        raise ConfigError("the PEFT method cannot be registered", [problem]) from None
 
 
 def _parse(command: Sequence[str]) -> tuple[bool, str, list[str]]:
@@ -104,6 +109,6 @@ def _inside(launcher: str) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(execute(sys.argv[1:]))
+        sys.exit(execute(sys.argv[1:], Shell(quiet=True)))
     except ConfigError as error:
         sys.exit(f"interop.peft_run: {error}")

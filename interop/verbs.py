@@ -1,6 +1,5 @@
 """The shell verbs that need neither jax nor torch: `inspect` and `verify`. Each prints, and returns an exit code."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from interop import checks
 from interop.printable import printable
+from interop.shell import Json, Quiet, Shell
 from interop.verbs_convert import Layout, Options, parse_options
 
 
@@ -18,7 +18,8 @@ def inspect(
     *,
     dialect: Layout = None,
     options: Options = (),
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int:
     """Describe a checkpoint in any layout: routing rule, sizes, tensors. Reads headers only.
 
@@ -26,11 +27,12 @@ def inspect(
         directory: The adapter's directory.
         dialect: The layout; detected if not given.
         options: What the layout does not record; VALUE is JSON or plain text. Repeatable.
-        json_output: Print JSON instead of a table.
     """
-    found = checks.inspect(directory, dialect, **parse_options(options))
-    if json_output:
-        print(json.dumps(found.to_dict(), indent=2, sort_keys=True))
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("reading"):
+        found = checks.inspect(directory, dialect, **parse_options(options))
+    shell.give(found.to_dict())
+    if json:
         return 0
     console = Console()
     config = found.config
@@ -53,21 +55,21 @@ def verify(
     directory: Annotated[Path, tyro.conf.Positional],
     *,
     base: Path | None = None,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int:
     """Check a checkpoint completely. Exit code 0: sound, 1: not.
 
     Args:
         directory: The adapter's directory.
         base: A Hugging Face model directory that the adapter must fit.
-        json_output: Print JSON instead of text.
     """
-    with Console(stderr=True).status("checking"):
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("checking"):
         findings = checks.verify(directory, base)
     sound = all(f.level != "error" for f in findings)
-    if json_output:
-        print(json.dumps({"sound": sound, "findings": [f.__dict__ for f in findings]}, indent=2))
-    else:
+    shell.give({"sound": sound, "findings": [f.__dict__ for f in findings]})
+    if not json:
         for finding in findings:
             print(printable(f"{finding.level}: {finding.message}"))
         print("sound" if sound else "NOT sound")

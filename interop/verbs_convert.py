@@ -16,13 +16,19 @@ from interop.config import MoeLoraConfig
 from interop.config_fields import options_of
 from interop.dialect import REQUIRED, Dialect
 from interop.errors import ConfigError
+from interop.memory import explained
 from interop.plain_lora import require_empty
 from interop.registry import dialect_named, file_dialects
+from interop.shell import Json, Quiet, Shell
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 Options = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="option", metavar="NAME=VALUE")]
 Layout = Annotated[str | None, tyro.conf.arg(name="from")]
+STEPS = (
+    "adapter_model.bin and adapter_model.npz are read as a whole",
+    "a .safetensors file is read tensor by tensor: one tensor as it is written, with all its experts, must fit",
+)
 _FIELDS = {f.name for f in dataclasses.fields(MoeLoraConfig)}
 
 
@@ -35,7 +41,8 @@ def convert(
     options: Options = (),
     allow_loss: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     duplicates: bool = False,
-    quiet: bool = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert an adapter from one layout to another. `moe-lora dialects` lists them.
 
@@ -47,21 +54,27 @@ def convert(
         options: What the source's layout does not record; VALUE is JSON or plain text. Repeatable.
         allow_loss: A config field that may be lost because the target cannot express it. Repeatable.
         duplicates: Also write the tensors that the target's own program stores twice.
-        quiet: Print nothing but errors.
     """
     if unknown := [f"allow_loss: {name!r} is no field of the config" for name in allow_loss if name not in _FIELDS]:
         raise ConfigError("invalid arguments", unknown)
-    with Console(stderr=True, quiet=quiet).status("converting"):
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("converting"), explained("converting", STEPS):
         layout = dialect or checkpoint.detect(source)
         table = dialect_named(to)
         with checkpoint.opened(source, layout, **parse_options(options)) as adapter:
             checkpoint.write(adapter, require_empty(target), to, allow_loss=allow_loss, duplicates=duplicates)
-    if quiet:
-        return
-    print(f"{source} ({layout}) -> {target} ({to}): {len(adapter.tensors)} tensors")
-    if to != "native" and (needed := options_of(table, adapter.config, adapter.modules)):
-        values = " ".join(f"--option {name}='{json.dumps(value)}'" for name, value in needed.items())
-        print(f"{to} does not record everything; to read it back: {values}")
+    needed = options_of(table, adapter.config, adapter.modules) if to != "native" else {}
+    shell.say(f"{source} ({layout}) -> {target} ({to}): {len(adapter.tensors)} tensors")
+    if needed:
+        shell.say(f"{to} does not record everything; to read it back: {_as_flags(needed)}")
+    shell.give(
+        {"source": source, "from": layout, "target": target, "to": to, "tensors": len(adapter.tensors)}
+        | {"options": needed}
+    )
+
+
+def _as_flags(options: dict[str, Any]) -> str:
+    return " ".join(f"--option {name}='{json.dumps(value)}'" for name, value in options.items())
 
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
@@ -87,22 +100,21 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def dialects(*, json_output: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
-    """List the layouts: where each comes from, what must be given to read it, what it can and cannot express.
-
-    Args:
-        json_output: Print JSON instead of a table.
-    """
+def dialects(*, json: Json = False, quiet: Quiet = False) -> None:
+    """List the layouts: where each comes from, what must be given to read it, what it can and cannot express."""
+    shell = Shell(quiet=quiet, json=json)
     known = [describe(d) for d in file_dialects()]
-    if json_output:
-        print(json.dumps(known, indent=2))
+    shell.give(known)
+    if json:
         return
     table = Table("layout", "source", "options (* required)", "expresses", show_lines=True)
     for d in known:
         options = "\n".join(f"{o['name']}{'*' if o['required'] else ''}: {o['what']}" for o in d["options"])
         table.add_row(*(escape(text) for text in (d["name"], d["source"], options, d["notes"])))
     Console().print(table)
-    print("Every layout is read and written. Give options as --option NAME=VALUE; `--json` lists the fields of each.")
+    shell.say(
+        "Every layout is read and written. Give options as --option NAME=VALUE; `--json` lists the fields of each."
+    )
 
 
 def describe(dialect: Dialect) -> dict[str, Any]:
@@ -134,6 +146,8 @@ def combine(
     seed: int = 0,
     fill_missing: bool = False,
     allow_different_bases: bool = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make ordinary LoRA adapters the experts of a mixture.
 
@@ -149,14 +163,19 @@ def combine(
     if len(paths) < 3:
         raise ConfigError("invalid arguments", [f"found {len(paths)} paths, expected LORA_DIR LORA_DIR ... DST"])
     *sources, target = paths
-    adapter = combine_adapters(
-        sources,
-        router=router,
-        top_k=top_k,
-        router_temperature=router_temperature,
-        seed=seed,
-        fill_missing=fill_missing,
-        allow_different_bases=allow_different_bases,
-    )
-    checkpoint.write(adapter, require_empty(target))
-    print(f"{target}: {len(sources)} experts on {len(adapter.modules)} modules, router {router}")
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("reading the adapters") as bar:
+        adapter = combine_adapters(
+            sources,
+            router=router,
+            top_k=top_k,
+            router_temperature=router_temperature,
+            seed=seed,
+            fill_missing=fill_missing,
+            allow_different_bases=allow_different_bases,
+            on_progress=bar,
+        )
+        bar.stage("writing the mixture")
+        checkpoint.write(adapter, require_empty(target))
+    shell.say(f"{target}: {len(sources)} experts on {len(adapter.modules)} modules, router {router}")
+    shell.give({"target": target, "experts": len(sources), "modules": adapter.modules, "router": router})

@@ -16,7 +16,7 @@ from interop.export.gate_sources import Gates, gates_from_file, gates_of, unifor
 from interop.export.mixtral import export_mixtral
 from interop.gates import task_gates
 from interop.plain_lora import append_text
-from interop.printable import printable
+from interop.shell import Bar, Json, Quiet, Shell
 from interop.verbs_convert import Layout, Options, Source, Target, parse_options
 
 GROUP = "moe_lora.measures"
@@ -38,6 +38,8 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     dialect: Layout = None,
     options: Options = (),
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.
 
@@ -71,22 +73,32 @@ def export(
     if problems:
         raise ConfigError("invalid arguments", problems)
 
-    adapter = checkpoint.read(source, dialect, **parse_options(options))
-    if form == "mixtral":
-        assert base is not None
-        notes = export_mixtral(adapter, base, target, dtype=dtype)
-    elif form == "lora":
-        measured = {"base": base, "data": data, "max_length": max_length}
-        notes = export_lora(adapter, target, *_gates(adapter, gates, task, measured))
-    else:
-        notes = export_lora_experts(adapter, target)
-    print(f"{target}: exported as {form}")
-    for note in notes:
-        print(printable(f"  - {note}"))
-    if data is not None:
-        report = measure("export_report")(adapter, target, base, data, max_length=max_length, task=task)
-        print(report)
-        append_text(target / "README.md", f"\n## Measured\n\n```\n{report}\n```\n")
+    shell = Shell(quiet=quiet, json=json)
+    report = None
+    with shell.progress("reading the adapter") as bar:
+        adapter = checkpoint.read(source, dialect, **parse_options(options))
+        if form == "mixtral":
+            assert base is not None
+            bar.stage("writing the model's tensors")
+            notes = export_mixtral(adapter, base, target, dtype=dtype, on_progress=bar)
+        elif form == "lora":
+            measured = {"base": base, "data": data, "max_length": max_length}
+            fixed = _gates(adapter, gates, task, measured, bar)
+            bar.stage("joining the experts of each module")
+            notes = export_lora(adapter, target, *fixed, on_progress=bar)
+        else:
+            bar.stage("writing the experts")
+            notes = export_lora_experts(adapter, target, on_progress=bar)
+        if data is not None:
+            bar.stage("measuring what it costs")
+            report = measure("export_report")(
+                adapter, target, base, data, max_length=max_length, task=task, on_progress=bar
+            )
+            append_text(target / "README.md", f"\n## Measured\n\n```\n{report}\n```\n")
+    shell.say(f"{target}: exported as {form}")
+    for line in (*(f"  - {note}" for note in notes), *str(report or "").splitlines()):
+        shell.say(line)
+    shell.give({"target": target, "as": form, "notes": notes, "measured": report and report.to_dict()})
 
 
 def measure(name: str) -> Callable[..., Any]:
@@ -105,7 +117,9 @@ def measure(name: str) -> Callable[..., Any]:
         raise CheckpointError("cannot run the model", [problem]) from None
 
 
-def _gates(adapter: Adapter, gates: str | None, task: tuple[int, ...], measured: dict[str, Any]) -> tuple[Gates, str]:
+def _gates(
+    adapter: Adapter, gates: str | None, task: tuple[int, ...], measured: dict[str, Any], bar: Bar
+) -> tuple[Gates, str]:
     """The gates, and what they are for people."""
     if task:
         return task_gates(adapter, task), f"task {', '.join(map(str, task))}"
@@ -118,5 +132,7 @@ def _gates(adapter: Adapter, gates: str | None, task: tuple[int, ...], measured:
         if adapter.config.scope == "ffn":
             problem = "gates: found mean in scope ffn, where only one expert alone is a LoRA; expected a FILE.json"
             raise ConfigError("no mean gates", [problem])
-        return gates_of(adapter, measure("mean_gates")(adapter, **measured)), f"means on {measured['data']}"
+        bar.stage("measuring the mean gates")
+        means = measure("mean_gates")(adapter, **measured, on_progress=bar)
+        return gates_of(adapter, means), f"means on {measured['data']}"
     return gates_from_file(adapter, gates), f"from {gates}"

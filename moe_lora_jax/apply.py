@@ -11,6 +11,7 @@ from interop.blocks import last_layer
 from interop.config import ModuleConfig, MoeLoraConfig
 from interop.errors import CheckpointError, ConfigError
 from interop.presence import block_of, router_owners
+from interop.stuck_routers import warn_of_stuck_routers
 from moe_lora_jax.feed_forward import MoeLoraFeedForward, SlotLinear
 from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.model_router import ModelRouter
@@ -36,11 +37,16 @@ def apply_moe_lora(
     Raises:
         ConfigError: target_modules match nothing, or the config does not fit the matched modules.
         CheckpointError: the model already carries an adapter (`remove_moe_lora` takes it off).
+
+    Warns:
+        UserWarning: a renormalised top-1 router, which cannot learn.
     """
     if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
     chosen = config.targets.select(linear_layers(model))
-    return apply_to_modules(model, config, chosen, rngs=rngs, param_dtype=param_dtype)
+    apply_to_modules(model, config, chosen, rngs=rngs, param_dtype=param_dtype)
+    warn_of_stuck_routers(config, chosen)
+    return model
 
 
 def apply_to_modules(

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.config import ModuleConfig, MoeLoraConfig
+from moe_lora_jax.display import Described, experts_in_words
 from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts
 from moe_lora_jax.gating import top_k_slots
 from moe_lora_jax.router import Router
 from moe_lora_jax.shared import Shared
 
 
-class MoeLoraFeedForward(nnx.Module):
+class MoeLoraFeedForward(Described, nnx.Module):
     """Routes the block's input x [..., in] and runs the block, whose linear layers are `SlotLinear`s.
 
     Args:
@@ -62,8 +63,12 @@ class MoeLoraFeedForward(nnx.Module):
         self.shared.clear()
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
+    def facts(self) -> str:
+        """See `display`."""
+        return f"{self.router.num_experts} experts, each a whole feed-forward block"
 
-class SlotLinear(nnx.Module):
+
+class SlotLinear(Described, nnx.Module):
     """One linear layer of a routed block: x [tokens, in] or [slot, tokens, in] -> [slot, tokens, out], or, for the
     block's last layer, the gated sum [tokens, out].
 
@@ -92,7 +97,7 @@ class SlotLinear(nnx.Module):
         self.lora_a = nnx.data(MoeLoraParam(a) if is_target else None)
         self.lora_b = nnx.data(MoeLoraParam(b) if is_target else None)
         self.shared = shared
-        self.scalings = sizes.scalings
+        self.ranks, self.scalings = sizes.ranks, sizes.scalings
         self.top_k = None if top_k is None or top_k >= sizes.num_experts else top_k
         self.is_last = is_last
         self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
@@ -117,6 +122,14 @@ class SlotLinear(nnx.Module):
             gated = hidden * chosen.astype(a.dtype)[..., None]
             delta = gated.reshape(*gated.shape[:2], -1) @ b.reshape(-1, b.shape[-1])
         return base + delta.astype(base.dtype)
+
+    def facts(self) -> str:
+        """See `display`."""
+        gated = ", adds up the gated experts" if self.is_last else ""
+        if self.lora_a is None or self.lora_b is None:
+            return f"no experts of its own{gated}"
+        words = experts_in_words(self.lora_a, self.lora_b, self.ranks, self.scalings)
+        return f"{self.lora_a.shape[-1]} -> {self.lora_b.shape[-1]}; {words}{gated}"
 
     def _gated_sum(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> jax.Array:
         """W0 (sum_s g_s x_s) + sum_s g_s s_e B_e A_e x_s, e the expert in slot s."""

@@ -1,8 +1,8 @@
 """What exports measure on data: average gates, and how far an exported LoRA is from the mixture it came from."""
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from flax import nnx
 
 from interop.adapter import Adapter
 from interop.plain_lora import read_plain_lora
+from interop.progress import OnProgress, no_progress, tracked
 from moe_lora_jax.checkpoint import load_adapter
 from moe_lora_jax.models import CausalLM, load_base_model
 from moe_lora_jax.train.batches import eval_batches
@@ -24,8 +25,10 @@ BATCH_SIZE = 8
 Forward = Callable[[Batch], Any]
 
 
-def mean_gates(adapter: Adapter, base: Path, data: Path, *, max_length: int) -> dict[str, list]:
-    """The gates of every router, averaged over all tokens of a data file.
+def mean_gates(
+    adapter: Adapter, base: Path, data: Path, *, max_length: int, on_progress: OnProgress = no_progress
+) -> dict[str, list]:
+    """The gates of every router, averaged over all tokens of a data file. Progress is counted in batches.
 
     Returns:
         {module, block or "model": one number per expert, or a list of such lists with n_splits}.
@@ -36,7 +39,7 @@ def mean_gates(adapter: Adapter, base: Path, data: Path, *, max_length: int) -> 
     forward = _forward(load_adapter(load_base_model(base), adapter), with_router=True)
     totals: dict[str, np.ndarray] = {}
     tokens = 0.0
-    for batch in _batches(base, data, max_length):
+    for batch in tracked(_batches(base, data, max_length), on_progress):
         _, router = forward(batch)
         tokens += float(batch.attention_mask.sum())
         for name, output in router.items():
@@ -56,6 +59,28 @@ class Agreement:
     top1: float
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export costs; as text, a table.
+
+    models: {name: its agreement with the full mixture}. tokens: of the text of `data`.
+    """
+
+    models: Mapping[str, Agreement]
+    tokens: int
+    data: Path
+
+    def __str__(self) -> str:
+        columns = f"{'against the full mixture':<28}{'KL, nats':>12}{'same top-1':>12}"
+        head = f"{columns}   ({self.tokens} tokens of {self.data})"
+        rows = (f"{name:<28}{found.kl:>12.6f}{found.top1:>12.2%}" for name, found in self.models.items())
+        return "\n".join([head, *rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "data": str(self.data)}
+
+
 def export_report(
     adapter: Adapter,
     exported: str | os.PathLike[str],
@@ -64,8 +89,9 @@ def export_report(
     *,
     max_length: int,
     task: tuple[int, ...] = (),
-) -> str:
-    """A table: the exported LoRA (or each of its expert folders), and the bare base, against the full mixture.
+    on_progress: OnProgress = no_progress,
+) -> ExportReport:
+    """The exported LoRA (or each of its expert folders), and the bare base, against the full mixture.
 
     Args:
         adapter: the mixture.
@@ -74,6 +100,7 @@ def export_report(
         data: JSONL.
         max_length: tokens of an example that are used.
         task: the task ids that the mixture gets; one, or several to average.
+        on_progress: called with (done, total) in models compared.
 
     Raises:
         CheckpointError, ConfigError, DataError: something cannot be read, or does not fit.
@@ -84,17 +111,15 @@ def export_report(
     others |= {path.name: read_plain_lora(path) for path in folders or [directory]}
     ids = jnp.asarray([task if len(task) > 1 else task[0]]) if task else None
     full = _forward(load_adapter(load_base_model(base), adapter), task=ids)
-    batches = list(_batches(base, data, max_length))
-    tokens = int(sum(batch.attention_mask.sum() for batch in batches))
-    lines = [f"{'against the full mixture':<28}{'KL, nats':>12}{'same top-1':>12}   ({tokens} tokens of {data})"]
-    for name, other in others.items():
+    batches = _batches(base, data, max_length)
+    found = {}
+    for name, other in tracked(others.items(), on_progress):
         model = load_base_model(base)
-        found = agreement(full, _forward(load_adapter(model, other) if other is not None else model), batches)
-        lines.append(f"{name:<28}{found.kl:>12.6f}{found.top1:>12.2%}")
-    return "\n".join(lines)
+        found[name] = agreement(full, _forward(load_adapter(model, other) if other is not None else model), batches)
+    return ExportReport(found, int(sum(batch.attention_mask.sum() for batch in batches)), data)
 
 
-def agreement(full: Forward, other: Forward, batches: list[Batch]) -> Agreement:
+def agreement(full: Forward, other: Forward, batches: Collection[Batch]) -> Agreement:
     """The `Agreement` of two models, each a function from a batch to logits [batch, seq, vocab]."""
     sums = np.zeros(3)
     for batch in batches:
@@ -125,8 +150,8 @@ def _forward(model: CausalLM | nnx.Module, *, with_router: bool = False, task: j
     return lambda batch: run(state, batch)
 
 
-def _batches(base: Path, data: Path, max_length: int) -> Iterator[Batch]:
+def _batches(base: Path, data: Path, max_length: int) -> list[Batch]:
     tokenizer = load_tokenizer(base)
     examples: tuple[Example, ...] = read_data(data, tokenizer, max_length=max_length).examples
-    for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=tokenizer.pad_token_id or 0):
-        yield host.batch
+    pad_id = tokenizer.pad_token_id or 0
+    return [host.batch for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=pad_id)]

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.config import ModuleConfig, MoeLoraConfig
+from moe_lora_jax.display import Described, experts_in_words
 from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts, mixed_factors
 from moe_lora_jax.router import Router, TaskRouter
 from moe_lora_jax.shared import Shared, per_token
 
 
-class MoeLoraLinear(nnx.Module):
+class MoeLoraLinear(Described, nnx.Module):
     """y = W0 x + sum_e g_e(x) s_e B_e A_e x, s_e = lora_alpha_e / r_e, g from the router (1 for one expert).
 
     Two products carry all experts: A as [expert*rank, in] and B as [expert*rank, out]; between them the hidden code is
@@ -64,7 +65,7 @@ class MoeLoraLinear(nnx.Module):
         self.routed = sizes.has_router
         self.layer_index = layer_index
         self.mix = config.mix if sizes.has_router else "outputs"
-        self.scalings = sizes.scalings
+        self.ranks, self.scalings = sizes.ranks, sizes.scalings
         self.router_jitter_noise = config.router_jitter_noise if config.router_input == "hidden" else 0.0
         self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
         self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
@@ -79,6 +80,13 @@ class MoeLoraLinear(nnx.Module):
             return base  # the first pass of a model router, which runs without the adapter
         delta = self.delta(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         return base + delta.reshape(base.shape).astype(base.dtype)
+
+    def facts(self) -> str:
+        """See `display`."""
+        words = experts_in_words(self.lora_a, self.lora_b, self.ranks, self.scalings)
+        gates = "; gates from the model's router" if self.routed and self.shared is not None else ""
+        mixed = ", factors mixed before the product" if self.mix == "weights" else ""
+        return f"{self.lora_a.shape[-1]} -> {self.lora_b.shape[-1]}; {words}{mixed}{gates}"
 
     def delta(self, x: jax.Array) -> jax.Array:
         """What the adapter adds, for x [tokens, in]: [tokens, out] in the adapter's dtype."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.config import MoeLoraConfig
+from moe_lora_jax.display import Described, gates_in_words
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.gating import Gating, compute_gates
 from moe_lora_jax.router import ROUTER_STD, RouterOutput, record
@@ -12,7 +13,7 @@ from moe_lora_jax.shared import Shared
 from moe_lora_jax.task_table import task_rows
 
 
-class ModelRouter(nnx.Module):
+class ModelRouter(Described, nnx.Module):
     """z = MLP(h) / temperature, ReLU between the layers; gates are left in `shared` for the model's layers.
 
     h is the last hidden state (after the final norm) of a first pass without the adapter, or a row of the task table.
@@ -46,6 +47,13 @@ class ModelRouter(nnx.Module):
         self.biases = nnx.List([MoeLoraParam(jnp.zeros(sizes[j + 1])) for j in range(depth) if config.router_bias])
         has_table = config.router_input == "task" and not self.only_ids
         self.task_embedding = init(config.num_tasks or 0, config.task_embedding_dim or logits) if has_table else None
+
+    def facts(self) -> str:
+        """See `display`."""
+        if self.only_ids:
+            return "hands the task ids to the routers of the layers"
+        reads = "the last hidden state" if self.reads_hidden else "the task ids"
+        return f"{reads} -> {self.num_experts} experts of every layer; {gates_in_words(self.gating)}"
 
     def route_hidden(self, hidden: jax.Array) -> None:
         """Sets the gates from hidden states [batch, seq, hidden]."""

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero
 
 from interop.config import ModuleConfig, MoeLoraConfig
+from moe_lora_jax.display import Described, gates_in_words
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.gating import Gating, compute_gates
 from moe_lora_jax.shared import Shared, per_token
@@ -64,7 +65,7 @@ def _moved_input(dx: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.sum(dx[:, :, None] * kernel, axis=1)
 
 
-class Router(nnx.Module):
+class Router(Described, nnx.Module):
     """z = (R x + b) / temperature; gates as in `compute_gates`. Always in fp32.
 
     Variables: `kernel` [in, logit], N(0, 0.02^2) at init; `bias` [logit], zero; with an adaptive threshold
@@ -93,6 +94,11 @@ class Router(nnx.Module):
         record(self, decision)
         return decision
 
+    def facts(self) -> str:
+        """See `display`."""
+        splits = f" for each of {self.n_splits} splits" if self.n_splits > 1 else ""
+        return f"{self.kernel.shape[0]} -> {self.num_experts} experts{splits}; {gates_in_words(self.gating)}"
+
     def _tau(self, x: jax.Array) -> jax.Array | float | None:
         if self.threshold_kernel is None or self.threshold_bias is None:
             return self.gating.threshold
@@ -101,7 +107,7 @@ class Router(nnx.Module):
         return self.gating.threshold * jax.nn.sigmoid(score + self.threshold_bias[...])[:, None, None]
 
 
-class TaskRouter(nnx.Module):
+class TaskRouter(Described, nnx.Module):
     """A table of logits per task at one layer (Poly): z = T[task] / temperature.
 
     Variables: `task_embedding` [task, logit], N(0, 0.02^2) at init. `shared` brings the task ids.
@@ -114,6 +120,11 @@ class TaskRouter(nnx.Module):
         shape = (config.num_tasks, sizes.num_experts * config.n_splits)
         self.task_embedding = MoeLoraParam(ROUTER_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
         self.shared = shared
+
+    def facts(self) -> str:
+        """See `display`."""
+        tasks = self.task_embedding.shape[0]
+        return f"{tasks} tasks -> {self.num_experts} experts; {gates_in_words(self.gating)}"
 
     def __call__(self, x: jax.Array) -> RouterOutput:
         """Routes by task; x [tokens, in] only says how many tokens there are."""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from interop.progress import OnProgress, no_progress, tracked
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import TokenData
 from moe_lora_jax.train.health import RouterSums, module_health, router_sums
@@ -34,7 +35,12 @@ class RouterStatistics:
 
 
 def router_statistics(
-    model: nnx.Module, data: TokenData | Mapping[str, TokenData], *, batch_size: int = 8, pad_id: int = 0
+    model: nnx.Module,
+    data: TokenData | Mapping[str, TokenData],
+    *,
+    batch_size: int = 8,
+    pad_id: int = 0,
+    on_progress: OnProgress = no_progress,
 ) -> RouterStatistics:
     """Runs `model` over the data and sums up what its routers decide.
 
@@ -43,16 +49,19 @@ def router_statistics(
         data: from `read_data`, or several by topic, as from `split_by`.
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.
+        on_progress: called with (done, total) in batches.
     """
     topics = data if isinstance(data, Mapping) else {"all": data}
     graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
-    sums = {
-        topic: _total(
-            _sums(state, host.batch, graphdef=graphdef)
-            for host in eval_batches(of_topic.examples, batch_size=batch_size, pad_id=pad_id)
-        )
+    batches = [
+        (topic, host.batch)
         for topic, of_topic in topics.items()
-    }
+        for host in eval_batches(of_topic.examples, batch_size=batch_size, pad_id=pad_id)
+    ]
+    parts: dict[str, list[dict[str, RouterSums]]] = {topic: [] for topic in topics}
+    for topic, batch in tracked(batches, on_progress):
+        parts[topic].append(_sums(state, batch, graphdef=graphdef))
+    sums = {topic: _total(of_topic) for topic, of_topic in parts.items()}
     overall = module_health(_total(sums.values()))
     health = [module_health(of_topic) for of_topic in sums.values()]
     return RouterStatistics(

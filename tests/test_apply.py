@@ -59,6 +59,7 @@ def test_zero_b_leaves_the_function_unchanged_and_random_b_does_not():
     assert (abs(run(applied()) - plain) > 1e-3).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_patterns_give_each_layer_its_own_sizes():
     model = applied(
         r=4,

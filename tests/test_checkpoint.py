@@ -103,6 +103,7 @@ def test_the_saved_config_lists_what_was_matched(tmp_path):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_an_adapter_object_loads_like_a_directory():
     model = adapted(top_k=1)
     adapter = to_adapter(model)
@@ -225,6 +226,7 @@ def test_a_model_without_an_adapter_cannot_be_saved(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path):
     save_pretrained(adapted(), tmp_path / "out")
     before = (tmp_path / "out" / WEIGHTS).read_bytes()

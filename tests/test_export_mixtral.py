@@ -90,6 +90,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_the_logits_are_the_mixtures(case, tmp_path):
     adapter = make(GQA, **CASES[case])
     check(adapter, GQA, tmp_path / "out")

@@ -100,7 +100,7 @@ def furnished(tmp_path_factory, small_dirs):  # noqa: F811
     weights.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(small_base.CONFIG, "hidden_size", 64)
-        fields = {"vocab_size": 280, "steps": 1, "seed": 0, "show": lambda *_: None}
+        fields = {"vocab_size": 280, "steps": 1, "seed": 0}
         small_base.make_small_base(made / "wider", sentences(5, 0), **fields)
     return made
 

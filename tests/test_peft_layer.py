@@ -72,6 +72,7 @@ def expected(wrapped: Linear, x: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("shared", [False, True], ids=["A_per_expert", "A_shared"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("fields", COMBINATIONS)
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_forward_equals_the_formula(fields, bias, shared):
     extra = {"router_temperature": 0.7, "routed_scaling_factor": 1.3} if bias else {}
     wrapped = layer(router_bias=bias, shared_lora_A=shared, **fields, **extra)
@@ -92,6 +93,7 @@ def test_forward_equals_the_formula(fields, bias, shared):
     ],
     ids=["ranks", "rslora", "one", "one_adaptive", "pattern_sizes", "pattern_top_k", "pattern_one"],
 )
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_sizes_and_scalings(fields):
     wrapped = layer(**fields)
     x = inputs()
@@ -113,6 +115,7 @@ def test_any_leading_shape(shape):
 
 
 @pytest.mark.parametrize("fields", COMBINATIONS)
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_gradients_equal_those_of_a_loop_over_experts(fields):
     wrapped = layer(router_bias=True, **fields)
     c = wrapped.moe_lora_config["default"]

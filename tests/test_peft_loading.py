@@ -54,6 +54,7 @@ def assert_same_tensors(ours, theirs):
     ids=["default", "one", "bias", "everything"],
 )
 @pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_keys_are_exactly_those_of_the_native_table(tmp_path, fields, roles, name):
     model = peft.get_peft_model(tiny_llama(), config(**fields), adapter_name=name)
     model.save_pretrained(tmp_path)

@@ -33,6 +33,7 @@ def routed(model) -> list[MoeLoraLayer]:
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padded"])
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_one_top_k_module_equals_mixtral_s(k, mask):
     model = model_after_forward(top_k=k, target_modules=r".*layers\.0.*q_proj")
     (layer,) = routed(model)
@@ -55,6 +56,7 @@ def test_one_top_k_module_equals_mixtral_s(k, mask):
     ],
     ids=["top_2", "sigmoid", "abs_threshold", "sigmoid_top_2", "adaptive", "one_plain", "patterns"],
 )
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_equals_the_formula_by_hand(fields, mask):
     model = model_after_forward(router_aux_loss_coef=0.3, router_z_loss_coef=0.02, **fields)
     balance, z_losses = [], []

@@ -13,6 +13,7 @@ from text_models import SENTENCES, write_base
 
 from interop import peft_run
 from interop.errors import ConfigError
+from interop.shell import Shell
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +80,7 @@ def test_an_error_of_the_script_is_its_own(tmp_path):
 
 def test_the_verb_takes_what_follows_two_dashes(monkeypatch):
     seen = []
-    monkeypatch.setattr(peft_run, "execute", lambda command: seen.append(command) or 0)
+    monkeypatch.setattr(peft_run, "execute", lambda command, shell: seen.append(command) or 0)
     assert tyro.cli(peft_run.run, args=["--", "python", "train.py", "--lr", "1", "--", "--help"]) == 0
     assert seen == [("python", "train.py", "--lr", "1", "--", "--help")]
 
@@ -100,7 +101,7 @@ def test_the_verb_takes_what_follows_two_dashes(monkeypatch):
 )
 def test_refusals(words, message):
     with pytest.raises(ConfigError, match=message):
-        peft_run.execute(words)
+        peft_run.execute(words, Shell())
 
 
 def test_importing_the_verb_needs_no_torch():

@@ -150,6 +150,7 @@ def test_disabled_and_unloaded_it_is_the_base_model(name):
 
 
 @every_scope
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_several_adapters_one_at_a_time(tmp_path, name):
     model, alone = wrapped(name), wrapped(name)
     before = out(model, name)

@@ -322,6 +322,7 @@ def test_inject_adapter_in_model():
 
 
 @pytest.mark.parametrize("fields", [{}, {"top_k": 1}, {"threshold": 0.5, "adaptive_threshold": True}])
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_generate_with_and_without_cache(fields):
     model = wrapped(**fields)
     ids = input_ids()

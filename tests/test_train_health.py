@@ -11,7 +11,6 @@ from moe_lora_jax.train.health import (
     RouterSums,
     module_health,
     router_sums,
-    warn_of_routers_that_cannot_learn,
 )
 
 MASK = np.array([[1, 1, 1, 0], [0, 1, 1, 1]])
@@ -85,22 +84,3 @@ def test_collapse_is_warned_of_once_per_module_in_one_line(caplog):
 def test_a_window_without_tokens_is_no_collapse_and_no_error():
     zeros = RouterSums(np.zeros(3), np.float32(0), np.float32(0))
     assert np.all(np.isfinite(module_health({"m": zeros})["m"].shares))
-
-
-@pytest.mark.parametrize(
-    ("fields", "warned"),
-    [
-        ({"top_k": 1}, True),
-        ({"top_k": 1, "norm_topk_prob": False}, False),
-        ({"top_k": 2}, False),
-        ({}, False),
-        ({"num_experts": 1}, False),
-        ({"top_k": 2, "top_k_pattern": {"b": 1}}, True),
-    ],
-)
-def test_renormalised_top_1_routers_are_warned_of_once(caplog, fields, warned):
-    warn_of_routers_that_cannot_learn(MoeLoraConfig(**{"num_experts": 4, "target_modules": ["a", "b"], **fields}))
-    assert len(caplog.records) == warned
-    if warned:
-        assert "top_k=1 and norm_topk_prob=True" in caplog.records[0].getMessage()
-        assert "cannot learn" in caplog.records[0].getMessage()

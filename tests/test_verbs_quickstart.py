@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from rich.console import Console
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
 import interop
 from interop.errors import CheckpointError, ConfigError
+from interop.shell import Shell
 from moe_lora_jax.models import load_base_model
 from moe_lora_jax.router_statistics import topic_information
 from moe_lora_jax.train.data import Example
@@ -66,7 +66,7 @@ def test_an_adapter_that_peft_cannot_load_is_an_error(small_dirs, tmp_path, monk
     examples = [Example(np.array([1, 5, 6], np.int32), np.ones(3, bool), 1)]
     model = load_base_model(small_dirs["base"])
     with pytest.raises(CheckpointError, match="PEFT could not load the adapter") as caught:
-        module._compare_with_peft(model, small_dirs["base"], tmp_path, examples, 0, Console())
+        module._compare_with_peft(model, small_dirs["base"], tmp_path, examples, 0, Shell())
     assert caught.value.problems == ("KeyError: 'MOE_LORA'",)
 
 

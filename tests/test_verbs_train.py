@@ -67,11 +67,21 @@ def test_training_continues_from_an_adapter(base, data, tmp_path):
     train(base, data, tmp_path / "two", steps=1, learning_rate=1e-12, init_adapter=tmp_path / "one",
           batch_size=2, max_length=100, router_aux_loss_coef=0.5)  # fmt: skip
     one, two = interop.read(tmp_path / "one"), interop.read(tmp_path / "two")
+    train(base, data, tmp_path / "three", steps=1, init_adapter=tmp_path / "two", batch_size=2, max_length=100,
+          router_z_loss_coef=0.25)  # fmt: skip
+    config = interop.read(tmp_path / "three").config  # what is not given is kept, also where the default is another
+    assert (config.router_aux_loss_coef, config.router_z_loss_coef, config.r) == (0.5, 0.25, 2)
+    line = (
+        f"--model {base} --data {data} --output-dir {tmp_path / 'four'} --init-adapter {tmp_path / 'three'} --steps 1"
+    )
+    tyro.cli(train, args=[*line.split(), "--router-aux-loss-coef", "0", "--batch-size", "2", "--max-length", "100"])
+    config = interop.read(tmp_path / "four").config  # 0 is given, although it is the default
+    assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (0.0, 0.25)
     assert two.config.num_experts == 3 and two.config.router_aux_loss_coef == 0.5
     for key, tensor in one.tensors.items():
         assert abs(two.tensors[key] - tensor).max() < 1e-9
     with pytest.raises(ConfigError) as caught:
-        train(base, data, tmp_path / "three", init_adapter=tmp_path / "one", r=5, adapter_config=tmp_path / "x")
+        train(base, data, tmp_path / "five", init_adapter=tmp_path / "one", r=5, adapter_config=tmp_path / "x")
     assert caught.value.problems == ("r: found beside init_adapter", "adapter_config: found beside init_adapter")
 
 
@@ -81,9 +91,11 @@ def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
     train(base, data, tmp_path / "out", steps=1, adapter_config=file, **SMALL)
     config = interop.read(tmp_path / "out").config
     assert config.rank_pattern == {"v_proj": 3} and config.scoring_func == "sigmoid" and config.r == 2
-    file.write_text(json.dumps({"r": 3, "top_q": 1}))
-    with pytest.raises(ConfigError, match="r: found as a flag and in"):
-        train(base, data, tmp_path / "out2", adapter_config=file, **SMALL)
+    file.write_text(json.dumps({"r": 3, "num_experts": 3, "top_k": 2, "lora_alpha": 32}))
+    train(base, data, tmp_path / "won", steps=1, adapter_config=file, lora_alpha=16, top_k="all", **SMALL)
+    config = interop.read(tmp_path / "won").config  # given flags win, even with the value of the default
+    assert (config.r, config.num_experts, config.top_k, config.lora_alpha) == (2, 3, None, 16)
+    file.write_text(json.dumps({"top_q": 1}))
     with pytest.raises(ConfigError, match="top_q: unknown field"):
         train(base, data, tmp_path / "out2", adapter_config=file)
 
@@ -160,3 +172,11 @@ def test_made_up_sums_are_right():
         left, result = q.completion.strip(" .").split(" is ")
         a, op, b = left.replace(" plus ", "|plus|").replace(" minus ", "|minus|").split("|")
         assert numbers[result] == (numbers[a] + numbers[b] if op == "plus" else numbers[a] - numbers[b])
+
+
+def test_the_help_says_what_holds_without_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(train, args=["--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"rank of one expert, or one rank per expert; {interop.MoeLoraConfig.r} if nothing says otherwise" in words
+    assert "all-linear (all but lm_head); all-linear if nothing says otherwise" in words and "{" + "r}" not in words

@@ -176,6 +176,7 @@ def native(adapter: interop.Adapter) -> Iterator[Path]:
 
 
 @family
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_peft_equals_the_formula_on_any_config(bases, family):
     base = bases[2]
 
@@ -193,6 +194,7 @@ def test_peft_equals_the_formula_on_any_config(bases, family):
 
 
 @family
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_jax_peft_and_the_formula_agree_on_any_config(bases, family):
     base = bases[1]  # compiling takes longer than all else
 

@@ -63,7 +63,7 @@ def small_dirs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
         patch.setattr(small_base, "CONFIG", {**small_base.CONFIG, **sizes})
-        fields = {"vocab_size": 280, "steps": 1, "seed": 0, "show": lambda *_: None}
+        fields = {"vocab_size": 280, "steps": 1, "seed": 0}
         small_base.make_small_base(made / "base", sentences(5, 0), **fields)
         lines = [json.dumps(q._asdict()) for q in questions(5, 0)]
         (made / "data.jsonl").write_text("\n".join(lines) + "\n")

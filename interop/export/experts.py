@@ -6,6 +6,7 @@ from interop.adapter import Adapter
 from interop.errors import CheckpointError
 from interop.export.readme import readme
 from interop.plain_lora import Factors, plain_lora, require_empty, write_plain_lora, write_text
+from interop.progress import OnProgress, no_progress, tracked
 
 
 def expert_lora(adapter: Adapter, expert: int) -> Adapter:
@@ -48,8 +49,15 @@ def expert_notes(adapter: Adapter) -> list[str]:
     return notes
 
 
-def export_lora_experts(adapter: Adapter, directory: str | os.PathLike[str]) -> list[str]:
+def export_lora_experts(
+    adapter: Adapter, directory: str | os.PathLike[str], *, on_progress: OnProgress = no_progress
+) -> list[str]:
     """Writes DIRECTORY/expert_0, expert_1, ...: ordinary LoRA directories that stock PEFT loads, and a README.md.
+
+    Args:
+        adapter: the mixture.
+        directory: new or empty.
+        on_progress: called with (done, total) in experts written.
 
     Returns:
         What is lost, one line each.
@@ -63,7 +71,7 @@ def export_lora_experts(adapter: Adapter, directory: str | os.PathLike[str]) -> 
             "cannot be exported", [f"modules_to_save: found {config.modules_to_save}, expected null: not in the file"]
         )
     number = max(config.for_module(m).num_experts for m in adapter.modules)
-    for expert in range(number):
+    for expert in tracked(range(number), on_progress):
         what = f"Expert {expert} of {number}, an ordinary LoRA adapter."
         text = readme(f"LoRA expert {expert}", what, notes, config)
         write_plain_lora(expert_lora(adapter, expert), path / f"expert_{expert}", text)

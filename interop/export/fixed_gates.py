@@ -11,9 +11,10 @@ from interop.export.gate_sources import Gates
 from interop.export.readme import readme
 from interop.plain_lora import Factors, plain_lora, require_empty, write_plain_lora
 from interop.presence import block_of
+from interop.progress import OnProgress, no_progress, tracked
 
 
-def fixed_gates_lora(adapter: Adapter, gates: Gates) -> Adapter:
+def fixed_gates_lora(adapter: Adapter, gates: Gates, *, on_progress: OnProgress = no_progress) -> Adapter:
     """The adapter with one expert per module whose delta is the mixture's at these gates, in float32.
 
         outputs:  A = concat_e A_e [sum r_e, in],  B = concat_e g_e s_e B_e [out, sum r_e];  B A = sum_e g_e s_e B_e A_e
@@ -25,6 +26,7 @@ def fixed_gates_lora(adapter: Adapter, gates: Gates) -> Adapter:
     Args:
         adapter: the mixture.
         gates: {routed module: [split, expert]}.
+        on_progress: called with (done, total) in modules done.
 
     Raises:
         ConfigError: in a feed-forward block more than one expert takes part, or not with gate 1: the activation stands
@@ -37,7 +39,7 @@ def fixed_gates_lora(adapter: Adapter, gates: Gates) -> Adapter:
         raise ConfigError("cannot be exported", [problem])
     _check_blocks(adapter, gates)
     factors = {}
-    for module in adapter.modules:
+    for module in tracked(adapter.modules, on_progress):
         sizes = adapter.config.for_module(module)
         a, b = (adapter.tensors[module, role].astype(np.float64) for role in ("lora_A", "lora_B"))
         a = np.broadcast_to(a, (sizes.num_experts, *a.shape[1:]))
@@ -51,7 +53,14 @@ def fixed_gates_lora(adapter: Adapter, gates: Gates) -> Adapter:
     return plain_lora(factors, adapter.config)
 
 
-def export_lora(adapter: Adapter, directory: str | os.PathLike[str], gates: Gates, source: str) -> list[str]:
+def export_lora(
+    adapter: Adapter,
+    directory: str | os.PathLike[str],
+    gates: Gates,
+    source: str,
+    *,
+    on_progress: OnProgress = no_progress,
+) -> list[str]:
     """Writes the ordinary LoRA of `fixed_gates_lora`, and a README.md.
 
     Args:
@@ -59,6 +68,7 @@ def export_lora(adapter: Adapter, directory: str | os.PathLike[str], gates: Gate
         directory: new or empty.
         gates: {routed module: [split, expert]}.
         source: where the gates come from, for people: "uniform", "task 3", ...
+        on_progress: as there.
 
     Returns:
         What is lost, one line each.
@@ -68,7 +78,7 @@ def export_lora(adapter: Adapter, directory: str | os.PathLike[str], gates: Gate
         CheckpointError: something is in `directory`, or the disk refuses.
     """
     path = require_empty(directory)
-    exported = fixed_gates_lora(adapter, gates)
+    exported = fixed_gates_lora(adapter, gates, on_progress=on_progress)
     if adapter.config.router_input == "task":
         notes = [f"The gates are fixed ({source}): exact for these tasks, and the router for all others is lost."]
     else:

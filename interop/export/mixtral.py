@@ -1,9 +1,11 @@
 """A mixture of feed-forward blocks on a Llama or Mistral IS a Mixtral: written out as one, for any server to run."""
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from interop.export.sharded import Planned, shard_writers
 from interop.files import TensorInfo
 from interop.plain_lora import require_empty
 from interop.presence import block_of
+from interop.progress import OnProgress, no_progress
 
 NUMPY = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 STORED = {name: stored for stored, name in NUMPY.items()}
@@ -53,6 +56,7 @@ def export_mixtral(
     *,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    on_progress: OnProgress = no_progress,
 ) -> list[str]:
     """Writes a standalone Hugging Face MixtralForCausalLM that computes what the mixture on its base computes.
 
@@ -67,6 +71,7 @@ def export_mixtral(
         directory: new or empty.
         dtype: "float32", "bfloat16" or "float16"; None keeps each tensor's own.
         max_shard_bytes: largest file.
+        on_progress: called with (done, total) in tensors written.
 
     Returns:
         What differs, one line each.
@@ -88,7 +93,7 @@ def export_mixtral(
         config = _config(adapter, model, plan)
         notes = _notes(adapter, plan)
         text = readme("Mixtral from a mixture of LoRA experts", _WHAT, notes, adapter.config, is_model=True)
-        writers: dict[str, Callable[[Path], Any]] = shard_writers(plan, max_shard_bytes)
+        writers: dict[str, Callable[[Path], Any]] = shard_writers(_counted(plan, on_progress), max_shard_bytes)
         writers["config.json"] = lambda target: target.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         writers["README.md"] = lambda target: target.write_text(text, "utf-8")
         writers |= {source.name: partial(shutil.copyfile, source) for source in model.copied()}
@@ -153,6 +158,18 @@ def _merged(adapter: Adapter, base: BaseModel, module: str, expert: int) -> np.n
 def _router(adapter: Adapter, block: str) -> np.ndarray:
     rows = adapter.tensors[block, "router"].astype(np.float32)
     return rows / np.float32(adapter.config.router_temperature)
+
+
+def _counted(plan: list[Planned], on_progress: OnProgress) -> list[Planned]:
+    """The plan, each of whose tensors says that it has been made."""
+    done = itertools.count(1)
+
+    def made(tensor: Planned) -> np.ndarray:
+        array = tensor.make()
+        on_progress(next(done), len(plan))
+        return array
+
+    return [replace(tensor, make=partial(made, tensor)) for tensor in plan]
 
 
 def _cast(tensor: Planned, dtype: str | None) -> Planned:

@@ -28,6 +28,7 @@ from interop.peft_tuner.router import MoeLoraLayer
 from interop.peft_tuner.task_routing import task_routing
 from interop.peft_tuner.wiring import unwire, wire
 from interop.presence import block_of
+from interop.stuck_routers import warn_of_stuck_routers
 
 
 class MoeLoraModel(BaseTuner):
@@ -89,6 +90,8 @@ class MoeLoraModel(BaseTuner):
         resolved = config.neutral.resolved(chosen)
         for pattern in PATTERNS:  # said so that their order, which PEFT sorts when it saves, does not matter
             setattr(config, pattern, getattr(resolved, pattern))
+        if not config.inference_mode:
+            warn_of_stuck_routers(resolved, chosen)
         if warns:
             warn_of_untouched_experts(model)
 

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from xxhash import xxh3_128
 
+from interop.memory import is_out_of_memory
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.step import TrainState
 
@@ -71,6 +72,8 @@ class Checkpoints:
                 arrays, position = self._read(step)
                 break
             except Exception as error:  # orbax raises Exception itself, and for some flipped bits AttributeError
+                if is_out_of_memory(error):  # that is no damage
+                    raise
                 damage[step] = f"{directory / str(step)}: {_first_line(error)}"
         else:
             if not damage:

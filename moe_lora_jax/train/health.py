@@ -135,18 +135,3 @@ class CollapseWatch:
             health[worst].dead_experts,
             len(health[worst].shares),
         )
-
-
-def warn_of_routers_that_cannot_learn(config: MoeLoraConfig) -> None:
-    """One line if renormalised top-1 routers are among the targets: their only gate is always 1, whatever z is."""
-    if not config.norm_topk_prob or config.adaptive_threshold:
-        return
-    modules = config.target_modules if isinstance(config.target_modules, list) else []
-    stuck = [m for m in modules if config.for_module(m).has_router and config.for_module(m).top_k == 1]
-    if stuck:
-        logger.warning(
-            "%d routers (%s, ...) have top_k=1 and norm_topk_prob=True: their gate is always 1, so the language-model "
-            "loss gives them no gradient and they cannot learn; use top_k=2 or norm_topk_prob=False",
-            len(stuck),
-            stuck[0],
-        )

@@ -15,6 +15,9 @@ from flax import nnx
 from rich.console import Console
 
 from interop.config import MoeLoraConfig
+from interop.memory import explained
+from interop.shell import progress
+from interop.stuck_routers import warn_of_stuck_routers
 from moe_lora_jax.checkpoint import save_pretrained
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.filters import PARTS
@@ -23,12 +26,12 @@ from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData
 from moe_lora_jax.train.errors import TrainingError
-from moe_lora_jax.train.health import CollapseWatch, module_health, summary, warn_of_routers_that_cannot_learn
+from moe_lora_jax.train.health import CollapseWatch, module_health, summary
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
-from moe_lora_jax.train.progress import progress_bar, stop_signals
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.stop_signals import stop_signals
 from moe_lora_jax.train.window import Window
 
 
@@ -98,7 +101,7 @@ def train(
     if config.router_input == "task":
         raise TrainingError("cannot train", ["router_input: found 'task', expected 'hidden': the data has no task ids"])
     loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
-    warn_of_routers_that_cannot_learn(config)
+    warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
     identity = {
         "settings": settings.fixed(),
         "adapter": config.semantic_dict(),
@@ -111,10 +114,11 @@ def train(
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
+        stack.enter_context(explained(*_memory(settings, data)))
+        bar = stack.enter_context(progress("compiling the step", console))
         loop.start(run, checkpoints)
-        show = stack.enter_context(progress_bar(console or Console(stderr=True), loop.total_steps, loop.step))
         while loop.step < loop.total_steps and not stop.is_set():
-            loop.advance(show)
+            loop.advance(bar)
         loop.save()
         merge_back(model, loop.state, loop.frozen)
         result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses, stop.number)
@@ -190,7 +194,8 @@ class _Loop:
         self._check_finite(metrics, host)
         self.step += 1
         self.window.add(metrics)
-        show(self.step, float(metrics.lm_loss), self.window.speed)
+        text = f"training: loss {float(metrics.lm_loss):.4f}, {self.window.speed:,.0f} tokens/s"
+        show(self.step, self.total_steps, text)
         settings, last = self.settings, self.step == self.total_steps
         if self.step % settings.log_every == 0 or last or not self.losses:
             self._log(metrics)
@@ -254,6 +259,19 @@ class _Loop:
                 "try a lower learning_rate, more warmup_steps or a smaller max_grad_norm",
             ],
         )
+
+
+def _memory(settings: TrainSettings, data: TokenData) -> tuple[str, list[str]]:
+    """What takes the memory of a run, and what makes it less."""
+    longest = max(len(e.ids) for e in data.examples)
+    return f"training with batches of {settings.batch_size} rows of up to {longest} tokens", [
+        "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
+        "a smaller max_length: activations grow with batch_size and with the longest example",
+        "scan_layers and remat together (of `load_base_model` and of `moe-lora train`) keep no activations of a layer",
+        "the base model in bfloat16 takes half of float32 (dtype)",
+        "every trained number takes 16 bytes: a smaller r, fewer num_experts or target_modules",
+        "the directory keeps the failed run: choose another output_dir, or remove it",
+    ]
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -4,6 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 from interop.errors import ConfigError
+from interop.memory import explained
+from interop.shell import Json, Quiet, Shell
+
+STEPS = (
+    "a smaller max_new_tokens or a shorter prompt: the cache of keys and values grows with both",
+    "the base model in bfloat16 takes half of float32, and so does its cache (dtype)",
+)
 
 
 def generate(
@@ -19,6 +26,8 @@ def generate(
     top_p: float | None = None,
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
     seed: int = 0,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Prints what the model says after the prompt.
 
@@ -35,14 +44,15 @@ def generate(
         dtype: of the base model.
         seed: of the sampling.
     """
-    import jax
-    import jax.numpy as jnp
-    from rich.console import Console
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("importing JAX"):
+        import jax
+        import jax.numpy as jnp
 
-    from moe_lora_jax.checkpoint import load_adapter
-    from moe_lora_jax.models import generate as decode
-    from moe_lora_jax.models import load_base_model
-    from moe_lora_jax.train.tokenizer import end_ids, load_tokenizer, prompt_ids
+        from moe_lora_jax.checkpoint import load_adapter
+        from moe_lora_jax.models import generate as decode
+        from moe_lora_jax.models import load_base_model
+        from moe_lora_jax.train.tokenizer import end_ids, load_tokenizer, prompt_ids
 
     tokenizer = load_tokenizer(model)
     if chat:
@@ -55,21 +65,28 @@ def generate(
         ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise ConfigError("nothing to continue", ["prompt: found no tokens, expected at least one"])
-    with Console(stderr=True).status("reading the model"):
+    with shell.progress("reading the model") as bar:
         base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
         if adapter is not None:
+            bar.stage("reading the adapter")
             load_adapter(base, adapter, dialect=dialect)
-    try:
-        tokens = decode(
-            base,
-            jnp.asarray([ids], jnp.int32),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=end_ids(base, tokenizer),
-            key=jax.random.key(seed),
-        )
-    except ValueError as error:
-        raise ConfigError("invalid arguments", [str(error)]) from error
-    print(tokenizer.decode(tokens[0, len(ids) :].tolist(), skip_special_tokens=True))
+        bar.stage("compiling, then generating")
+        try:
+            with explained(f"generating {max_new_tokens} tokens after {len(ids)}", STEPS):
+                decoded = decode(
+                    base,
+                    jnp.asarray([ids], jnp.int32),
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    eos_token_id=end_ids(base, tokenizer),
+                    key=jax.random.key(seed),
+                )
+                tokens = decoded[0, len(ids) :].tolist()  # where a GPU's error about memory shows
+        except ValueError as error:
+            raise ConfigError("invalid arguments", [str(error)]) from error
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    shell.give({"prompt": prompt, "text": text, "tokens": tokens})
+    if not json:
+        print(text)

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from interop.config import MoeLoraConfig
 from interop.errors import CheckpointError, ConfigError
+from interop.shell import Json, Quiet, Shell
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from moe_lora_jax.models import CausalLM
     from moe_lora_jax.train.data import Example, TokenData
 
@@ -37,6 +36,8 @@ def quickstart(
     learning_rate: float = 5e-3,
     max_length: int = 256,
     seed: int = 0,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Trains a small mixture of LoRA experts, shows what its experts do, and loads it in PyTorch PEFT.
 
@@ -66,7 +67,6 @@ def quickstart(
     _claim(output_dir)
 
     from flax import nnx
-    from rich.console import Console
 
     from moe_lora_jax.apply import apply_moe_lora
     from moe_lora_jax.models import load_base_model
@@ -75,14 +75,14 @@ def quickstart(
     from moe_lora_jax.train.settings import TrainSettings
     from moe_lora_jax.train.tokenizer import load_tokenizer
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    shell = Shell(quiet=quiet, json=json)
     if model is None or data is None:
-        model, data = make_base_and_data(output_dir, seed, console)
+        model, data = make_base_and_data(output_dir, seed, shell)
     tokenizer = load_tokenizer(model)
     base = load_base_model(model, dtype="float32")
     examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
     train_data, eval_data = split_data(examples, 0.1, seed)
-    console.print(f"fine-tuning on {train_data.describe()}; {len(eval_data.examples)} more are held out")
+    shell.say(f"fine-tuning on {train_data.describe()}; {len(eval_data.examples)} more are held out")
 
     apply_moe_lora(base, config, rngs=nnx.Rngs(seed))
     settings = TrainSettings(
@@ -90,17 +90,27 @@ def quickstart(
     )
     pad_id = tokenizer.pad_token_id or 0
     adapter = output_dir / "adapter"
-    result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad_id, console=console)
+    result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
     if not result.is_finished:
-        console.print(f"stopped after step {result.step} of {result.total_steps}")
+        shell.say(f"stopped after step {result.step} of {result.total_steps}")
+        shell.give({"step": result.step, "total_steps": result.total_steps})
         return
     before, after = result.eval_losses[0], result.eval_losses[result.step]
-    console.print(f"loss on held-out examples: {before:.3f} before, {after:.3f} after {steps} steps")
+    shell.say(f"loss on held-out examples: {before:.3f} before, {after:.3f} after {steps} steps")
     topics = split_by(eval_data, "topic")
-    _show_answers(base, tokenizer, topics, console)
-    _show_experts(base, topics, pad_id, console)
-    console.print(f"saved in {adapter}")
-    _compare_with_peft(base, model, adapter, eval_data.examples, pad_id, console)
+    answers = _show_answers(base, tokenizer, topics, shell)
+    module, shares = _show_experts(base, topics, pad_id, shell)
+    shell.say(f"saved in {adapter}")
+    in_peft = _compare_with_peft(base, model, adapter, eval_data.examples, pad_id, shell)
+    shell.give(
+        {
+            "adapter": adapter,
+            "eval_loss": {"before": before, "after": after, "steps": steps},
+            "answers": answers,
+            "experts": {"module": module, "gate_shares": shares},
+            "in_peft": in_peft,
+        }
+    )
 
 
 def _claim(output_dir: Path) -> None:
@@ -113,31 +123,30 @@ def _claim(output_dir: Path) -> None:
     (output_dir / MARKER).touch()
 
 
-def make_base_and_data(output_dir: Path, seed: int = 0, console: "Console | None" = None) -> tuple[Path, Path]:
+def make_base_and_data(output_dir: Path, seed: int = 0, shell: Shell | None = None) -> tuple[Path, Path]:
     """Makes output_dir/base, a small Llama with a tokenizer, and output_dir/data/topics.jsonl, questions with answers.
 
     Returns:
         The two paths, for `load_base_model` and `read_data`.
     """
-    from rich.console import Console
-
     from moe_lora_jax.data.topics import questions, sentences
-    from moe_lora_jax.train.progress import progress_bar
     from moe_lora_jax.verbs.small_base import make_small_base
 
-    console = console or Console(quiet=True)
+    shell = shell or Shell(quiet=True)
     base, data = output_dir / "base", output_dir / "data" / "topics.jsonl"
     data.parent.mkdir(parents=True)
     data.write_text("".join(json.dumps(q._asdict()) + "\n" for q in questions(QUESTIONS_PER_TOPIC, seed)), "utf-8")
     texts, steps = sentences(SENTENCES_PER_TOPIC, seed), PRETRAINING_STEPS
-    console.print(f"making a small Llama in {base}: a tokenizer and {steps} training steps on plain sentences")
-    with progress_bar(console, steps, 0) as show:
-        loss = make_small_base(base, texts, vocab_size=512, steps=steps, seed=seed, show=show)
-    console.print(f"its loss on those: {loss:.3f}")
+    shell.say(f"making a small Llama in {base}: a tokenizer and {steps} training steps on plain sentences")
+    with shell.progress("training it") as bar:
+        loss = make_small_base(base, texts, vocab_size=512, steps=steps, seed=seed, on_progress=bar)
+    shell.say(f"its loss on those: {loss:.3f}")
     return base, data
 
 
-def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, TokenData]", console: "Console") -> None:
+def _show_answers(
+    model: "CausalLM", tokenizer: Any, topics: "dict[str, TokenData]", shell: Shell
+) -> list[dict[str, str]]:
     """What the model now says to the first held-out prompt of each topic; nothing where there are no prompts."""
     import jax.numpy as jnp
     import numpy as np
@@ -148,33 +157,47 @@ def _show_answers(model: "CausalLM", tokenizer: Any, topics: "dict[str, TokenDat
     first = [data.examples[0] for data in topics.values()]
     prompts = [e.ids[: e.counted.argmax()] for e in first if not e.counted[0]]
     if not prompts:
-        return
+        return []
     ids = np.zeros((len(prompts), max(len(p) for p in prompts)), np.int32)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
-    tokens = generate(
-        model, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=48, eos_token_id=end_ids(model, tokenizer)
-    )
-    console.print("held-out prompts and what the model now says:")
-    for prompt, answer in zip(prompts, tokens[:, ids.shape[1] :].tolist(), strict=True):
-        for mark, part in (("  > ", prompt.tolist()), ("    ", answer)):
-            console.print(mark + " ".join(tokenizer.decode(part, skip_special_tokens=True).split()))
+    with shell.progress("answering held-out prompts"):
+        tokens = generate(
+            model, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=48, eos_token_id=end_ids(model, tokenizer)
+        )
+        answers = tokens[:, ids.shape[1] :].tolist()
+
+    def text(ids: list[int]) -> str:
+        return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    said = [{"prompt": text(p.tolist()), "answer": text(a)} for p, a in zip(prompts, answers, strict=True)]
+    shell.say("held-out prompts and what the model now says:")
+    for pair in said:
+        shell.say(f"  > {pair['prompt']}")
+        shell.say(f"    {pair['answer']}")
+    return said
 
 
-def _show_experts(model: "CausalLM", topics: "dict[str, TokenData]", pad_id: int, console: "Console") -> None:
+def _show_experts(
+    model: "CausalLM", topics: "dict[str, TokenData]", pad_id: int, shell: Shell
+) -> tuple[str, dict[str, list[float]]]:
+    """The router that tells the topics apart best, as a table; its module, and {topic: share of each expert}."""
     from moe_lora_jax.router_statistics import router_statistics, topic_information
     from moe_lora_jax.verbs.expert_table import expert_table
 
-    shares = router_statistics(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id).by_topic
+    with shell.progress("running the routers over held-out examples") as bar:
+        statistics = router_statistics(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id, on_progress=bar)
+    shares = statistics.by_topic
     best = max(shares, key=lambda module: topic_information(shares[module]))
-    console.print(expert_table(best, list(topics), shares[best]))
+    shell.remarks.print(expert_table(best, list(topics), shares[best]))
     if len(topics) > 1:
         bits = topic_information(shares[best])
-        console.print(
+        shell.say(
             f"(of {len(shares)} routers the one that tells topics apart best, {bits:.2f} bits per token; "
             "* marks the expert that a topic uses most)"
         )
+    return best, {topic: row.tolist() for topic, row in zip(topics, shares[best], strict=True)}
 
 
 def _has_peft() -> bool:
@@ -182,12 +205,12 @@ def _has_peft() -> bool:
 
 
 def _compare_with_peft(
-    model: "CausalLM", base: Path, adapter: Path, examples: "Sequence[Example]", pad_id: int, console: "Console"
-) -> None:
+    model: "CausalLM", base: Path, adapter: Path, examples: "Sequence[Example]", pad_id: int, shell: Shell
+) -> dict[str, float] | None:
     """Runs peft_check.py in another process, because nothing here may import torch."""
     if not _has_peft():
-        console.print("to load it in PyTorch: pip install 'moe-lora-jax[torch]', then see the README.md beside it")
-        return
+        shell.say("to load it in PyTorch: pip install 'moe-lora-jax[torch]', then see the README.md beside it")
+        return None
     import numpy as np
 
     from moe_lora_jax.train.batches import eval_batches
@@ -199,12 +222,14 @@ def _compare_with_peft(
         expected = Path(scratch, "expected.npz")
         np.savez(expected, input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits=logits)
         command = [sys.executable, "-P", str(script), str(base), str(adapter), str(expected)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        with shell.progress("loading it in PyTorch with PEFT"):
+            done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError("PEFT could not load the adapter", [last])
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    console.print(
+    shell.say(
         f"reloaded in PyTorch with PEFT: largest logit difference {found['largest_difference']:.1e} "
         f"(logits up to {found['largest_logit']:.1f})"
     )
+    return found

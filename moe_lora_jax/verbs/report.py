@@ -7,6 +7,7 @@ import tyro
 
 import interop
 from interop.atomic import replace_file
+from interop.shell import Json, Quiet, Shell
 from interop.verbs_convert import Layout, Options, parse_options
 
 
@@ -19,6 +20,8 @@ def report(
     max_length: int = 512,
     dialect: Layout = None,
     options: Options = (),
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a page about an adapter: use of the experts, topics, entropy, likeness of experts, loss, load balance.
 
@@ -34,28 +37,27 @@ def report(
         dialect: The layout of the adapter; detected if not given.
         options: What the layout does not record; VALUE is JSON or plain text. Repeatable.
     """
-    from rich.console import Console
-
-    from moe_lora_jax.checkpoint import load_adapter
-    from moe_lora_jax.models import load_base_model
-    from moe_lora_jax.report.page import render
-    from moe_lora_jax.report.sections import all_sections
-    from moe_lora_jax.router_statistics import RouterStatistics, router_statistics
-    from moe_lora_jax.summary import summary
-    from moe_lora_jax.train.data import read_data, split_by
-    from moe_lora_jax.train.run_dir import read_metrics
-    from moe_lora_jax.train.tokenizer import load_tokenizer
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("importing JAX"):
+        from moe_lora_jax.checkpoint import load_adapter
+        from moe_lora_jax.models import load_base_model
+        from moe_lora_jax.report.page import render
+        from moe_lora_jax.report.sections import all_sections
+        from moe_lora_jax.router_statistics import RouterStatistics, router_statistics
+        from moe_lora_jax.summary import summary
+        from moe_lora_jax.train.data import read_data, split_by
+        from moe_lora_jax.train.run_dir import read_metrics
+        from moe_lora_jax.train.tokenizer import load_tokenizer
 
     page = output or directory / "report.html"
-    with Console(stderr=True).status("") as status:
-        status.update("reading the adapter and the model")
+    with shell.progress("reading the adapter and the model") as bar:
         adapter = interop.read(directory, dialect, **parse_options(options))
         tokenizer = load_tokenizer(model)
         base = load_base_model(model)
         examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
         load_adapter(base, adapter)
 
-        status.update("running the routers over the data")
+        bar.stage("running the routers over the data")
         statistics: RouterStatistics | str
         if adapter.config.router_input == "task":
             statistics = "This adapter routes by a task id, which the data does not have."
@@ -63,16 +65,17 @@ def report(
             statistics = "This adapter has no router: one expert per module."
         else:
             topics = split_by(examples, "topic")
-            statistics = router_statistics(base, topics, pad_id=tokenizer.pad_token_id or 0)
+            statistics = router_statistics(base, topics, pad_id=tokenizer.pad_token_id or 0, on_progress=bar)
 
-        status.update("drawing")
+        bar.stage("drawing")
         sections = all_sections(adapter, statistics, read_metrics(directory) or "There are no records of the training.")
         lines = [examples.describe(), f"adapter {directory}", f"base model {model}"]
         html = render(f"Report on {directory.absolute().name}", "; ".join(lines), summary(base), sections)
         pictures = page.with_suffix("")
         pictures.mkdir(parents=True, exist_ok=True)
         replace_file(page, html.encode())
-        for section in sections:
-            if section.figure is not None:
-                replace_file(pictures / f"{section.name}.png", section.png)
-    print(f"{page}: {sum(s.figure is not None for s in sections)} figures, also as PNG in {pictures}")
+        drawn = {s.name: s for s in sections if s.figure is not None}
+        for name, section in drawn.items():
+            replace_file(pictures / f"{name}.png", section.png)
+    shell.say(f"{page}: {len(drawn)} figures, also as PNG in {pictures}")
+    shell.give({"page": page, "figures": {name: pictures / f"{name}.png" for name in drawn}})

@@ -1,7 +1,6 @@
 """A small language model in Hugging Face's format, made on the spot and trained for a moment."""
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 from flax import nnx
 
 from interop.files import write_tensors
+from interop.progress import OnProgress, no_progress
 from moe_lora_jax.models import CausalLM, DecoderConfig
 from moe_lora_jax.train.batches import TrainBatches
 from moe_lora_jax.train.data import Example
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
-from moe_lora_jax.train.progress import Show
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import make_train_step, merge_back, split_model
 
@@ -40,7 +39,13 @@ CONFIG = {
 
 
 def make_small_base(
-    directory: Path, texts: Sequence[str], *, vocab_size: int, steps: int, seed: int, show: Show
+    directory: Path,
+    texts: Sequence[str],
+    *,
+    vocab_size: int,
+    steps: int,
+    seed: int,
+    on_progress: OnProgress = no_progress,
 ) -> float:
     """Writes config.json, model.safetensors and a tokenizer to `directory`: a Llama trained on `texts`.
 
@@ -49,7 +54,7 @@ def make_small_base(
         texts: what the tokenizer and the model are trained on.
         vocab_size: of the tokenizer, at most; more than 260.
         steps: of training, with 32 texts each.
-        show: called with (step, loss, tokens per second) as it goes.
+        on_progress: called with (done, total) in steps.
 
     Returns:
         The loss of the last step, nats per token.
@@ -65,7 +70,7 @@ def make_small_base(
     model = CausalLM(DecoderConfig.from_hf(config), rngs=nnx.Rngs(seed))
     ids = [encoding.ids + [EOS] for encoding in tokenizer.encode_batch(list(texts))]
     examples = [Example(np.array(i, np.int32), np.ones(len(i), bool), line) for line, i in enumerate(ids, start=1)]
-    loss = _pretrain(model, examples, steps, seed, show)
+    loss = _pretrain(model, examples, steps, seed, on_progress)
     write_tensors(directory / "model.safetensors", _tensors(model), {"format": "pt"})
     return loss
 
@@ -87,7 +92,7 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int):  # noqa: ANN202  to
     return tokenizer
 
 
-def _pretrain(model: CausalLM, examples: Sequence[Example], steps: int, seed: int, show: Show) -> float:
+def _pretrain(model: CausalLM, examples: Sequence[Example], steps: int, seed: int, on_progress: OnProgress) -> float:
     settings = TrainSettings(steps=steps, batch_size=32, learning_rate=3e-3, warmup_steps=steps // 20, seed=seed)
     schedule = warmup_cosine(settings.learning_rate, settings.warmup_steps, steps)
     optimizer = adamw(schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
@@ -103,10 +108,9 @@ def _pretrain(model: CausalLM, examples: Sequence[Example], steps: int, seed: in
     )
     loss = float("nan")
     for number in range(1, steps + 1):
-        started = time.perf_counter()
         state, metrics = step(state, frozen, next(batches).batch)
         loss = float(metrics.loss)
-        show(number, loss, float(metrics.tokens) / (time.perf_counter() - started))
+        on_progress(number, steps)
     merge_back(model, state, frozen)
     return loss
 

@@ -12,6 +12,7 @@ import interop
 from interop.config import MoeLoraConfig
 from interop.errors import ConfigError
 from interop.files import read_json
+from interop.shell import Json, Quiet, Shell
 from interop.verb_file import write_file
 from moe_lora_jax.train.settings import TrainSettings
 
@@ -21,14 +22,14 @@ def train(
     data: Path,
     output_dir: Path,
     *,
-    r: int | list[int] = MoeLoraConfig.r,
-    lora_alpha: int | float | list[int | float] = MoeLoraConfig.lora_alpha,
-    num_experts: int = MoeLoraConfig.num_experts,
-    top_k: int | None = MoeLoraConfig.top_k,
-    target_modules: tuple[str, ...] = ("all-linear",),
-    lora_dropout: float = MoeLoraConfig.lora_dropout,
-    router_aux_loss_coef: float = MoeLoraConfig.router_aux_loss_coef,
-    router_z_loss_coef: float = MoeLoraConfig.router_z_loss_coef,
+    r: int | list[int] | None = None,
+    lora_alpha: int | float | list[int | float] | None = None,
+    num_experts: int | None = None,
+    top_k: int | Literal["all"] | None = None,
+    target_modules: tuple[str, ...] | None = None,
+    lora_dropout: float | None = None,
+    router_aux_loss_coef: float | None = None,
+    router_z_loss_coef: float | None = None,
     adapter_config: Path | None = None,
     init_adapter: Path | None = None,
     init_dialect: str | None = None,
@@ -49,11 +50,14 @@ def train(
     keep_checkpoints: int = TrainSettings.keep_checkpoints,
     log_every: int = TrainSettings.log_every,
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    scan_layers: bool = False,
+    remat: bool = False,
     seed: int = TrainSettings.seed,
     tensorboard: bool = TrainSettings.tensorboard,
     resume: bool = TrainSettings.resume,
     config: Path | None = None,
-    quiet: bool = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> int | None:
     """Trains an adapter and writes it where PEFT and moe-lora can read it.
 
@@ -66,16 +70,18 @@ def train(
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
         data: JSONL; each line has text, or prompt and completion, or messages.
         output_dir: where the adapter and the run go.
-        r: rank of one expert, or one rank per expert.
-        lora_alpha: the scaling is lora_alpha / r; one number, or one per expert.
-        num_experts: experts per target module.
-        top_k: experts used per token; None uses all.
-        target_modules: names of linear layers, or all-linear (all but lm_head).
-        lora_dropout: dropout on the experts' input.
-        router_aux_loss_coef: weight of the load-balancing loss.
-        router_z_loss_coef: weight of the router z-loss.
-        adapter_config: JSON with any fields of adapter_config.json, for those that have no flag.
-        init_adapter: continue from this adapter (any readable layout); it brings its own config.
+        r: rank of one expert, or one rank per expert; {r}.
+        lora_alpha: the scaling is lora_alpha / r; one number, or one per expert; {lora_alpha}.
+        num_experts: experts per target module; {num_experts}.
+        top_k: experts used per token; {top_k}.
+        target_modules: names of linear layers, or all-linear (all but lm_head); {target_modules}.
+        lora_dropout: dropout on the experts' input; {lora_dropout}.
+        router_aux_loss_coef: weight of the load-balancing loss; {router_aux_loss_coef}.
+        router_z_loss_coef: weight of the router z-loss; {router_z_loss_coef}.
+        adapter_config: JSON with any fields of adapter_config.json, for those that have no flag. A flag above that is
+            given wins over the file.
+        init_adapter: continue from this adapter (any readable layout). It brings its own config; of the flags above, a
+            dropout or loss coefficient that is given wins over it, 0 too, and the others are refused.
         init_dialect: that layout's name; None detects it.
         epochs: passes over the data.
         steps: optimizer steps, instead of epochs.
@@ -94,11 +100,12 @@ def train(
         keep_checkpoints: how many to keep.
         log_every: steps between lines of training/metrics.jsonl.
         dtype: of the base model.
+        scan_layers: compile the layers as one loop: a smaller program, and what remat needs to save memory on a CPU.
+        remat: compute each layer's activations again in the backward pass instead of keeping them.
         seed: of the initial adapter, dropout and data order.
         tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in output_dir.
-        config: YAML with any of these flags, as {name: value}; flags on the command line win.
-        quiet: print nothing but errors and warnings.
+        config: YAML with any of these flags, as name: value; flags on the command line win.
     """
     values = dict(locals())
     if config is not None:
@@ -118,21 +125,21 @@ def train(
     fields = _adapter_fields(values)
     adapter = MoeLoraConfig.from_dict(fields) if init_adapter is None else None
 
-    from flax import nnx
-    from rich.console import Console
+    shell = Shell(quiet=quiet, json=json)
+    with shell.progress("importing JAX"):
+        from flax import nnx
 
-    from moe_lora_jax.apply import apply_moe_lora
-    from moe_lora_jax.checkpoint import load_adapter
-    from moe_lora_jax.models import load_base_model
-    from moe_lora_jax.train.data import read_data, split_data
-    from moe_lora_jax.train.loop import train as run
-    from moe_lora_jax.train.tokenizer import load_tokenizer
+        from moe_lora_jax.apply import apply_moe_lora
+        from moe_lora_jax.checkpoint import load_adapter
+        from moe_lora_jax.models import load_base_model
+        from moe_lora_jax.train.data import read_data, split_data
+        from moe_lora_jax.train.loop import train as run
+        from moe_lora_jax.train.tokenizer import load_tokenizer
 
-    console = Console(quiet=quiet, highlight=False, markup=False, soft_wrap=True)
-    progress = Console(stderr=True, quiet=quiet)
-    with progress.status("reading the model and the data"):
+    with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(model)
-        base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
+        wanted = None if dtype == "stored" else dtype
+        base = load_base_model(model, dtype=wanted, scan_layers=scan_layers, remat=remat)
         vocabulary = base.config.vocab_size
         train_data = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary)
         eval_data = None
@@ -140,9 +147,9 @@ def train(
             eval_data = read_data(eval_file, tokenizer, max_length=max_length, vocab_size=vocabulary)
         elif eval_fraction:
             train_data, eval_data = split_data(train_data, eval_fraction, seed)
-    console.print(train_data.describe())
+    shell.say(train_data.describe())
     if eval_data is not None:
-        console.print(f"evaluation: {eval_data.describe()}")
+        shell.say(f"evaluation: {eval_data.describe()}")
 
     if adapter is not None:
         apply_moe_lora(base, adapter, rngs=nnx.Rngs(seed))
@@ -154,54 +161,73 @@ def train(
     if not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
     pad_id = tokenizer.pad_token_id or 0
-    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=progress)
+    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
 
+    shell.give(
+        {
+            "output_dir": output_dir,
+            "step": result.step,
+            "total_steps": result.total_steps,
+            "losses": result.losses,
+            "eval_losses": result.eval_losses,
+            "stopped_by": result.stopped_by and result.stopped_by.name,
+            "to_continue": None if result.is_finished else _resume_command(),
+        }
+    )
     if not result.is_finished:
+        if json:
+            return _code(result.stopped_by)
         print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
         print(f"  {_resume_command()}")
-        return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
+        return _code(result.stopped_by)
     if result.losses:
         first, last = min(result.losses), max(result.losses)
-        console.print(
-            f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})"
-        )
+        shell.say(f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})")
     if result.eval_losses:
         first, last = min(result.eval_losses), max(result.eval_losses)
-        console.print(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
-    console.print(f"adapter saved in {output_dir}")
+        shell.say(f"evaluation loss {result.eval_losses[first]:.4f} -> {result.eval_losses[last]:.4f}")
+    shell.say(f"adapter saved in {output_dir}")
     return None
 
 
 CONFIG_NAME = "train.yaml"
-NOT_REPEATED = ("config", "resume", "quiet")
+NOT_REPEATED = ("config", "resume", "json", "quiet")
 # The flags that describe the adapter; those that matter in training only may change what an initial adapter brings.
 TRAINING_FLAGS = ("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef")
 ADAPTER_FLAGS = ("r", "lora_alpha", "num_experts", "top_k", "target_modules", *TRAINING_FLAGS)
+DEFAULTS = {f: getattr(MoeLoraConfig, f) for f in ADAPTER_FLAGS} | {"top_k": "all", "target_modules": "all-linear"}
+# so that the help says what a flag is when neither it nor a file is given, and the numbers stay in one place
+train.__doc__ = (train.__doc__ or "").format_map(
+    {f: f"{value} if nothing says otherwise" for f, value in DEFAULTS.items()}
+)
+
+
+def _code(stopped_by: signal.Signals | None) -> int:
+    return 0 if stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
 
 
 def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
     """The config's fields from the flags and the file; beside init_adapter, those that replace what it brings.
 
     Raises:
-        ConfigError: the same field in a flag and in the file, or a field that is init_adapter's to say.
+        ConfigError: a field that is init_adapter's to say.
     """
-    defaults = {f: getattr(MoeLoraConfig, f) for f in ADAPTER_FLAGS} | {"target_modules": ("all-linear",)}
-    given = [f for f in ADAPTER_FLAGS if values[f] != defaults[f]]
+    given = {f: values[f] for f in ADAPTER_FLAGS if values[f] is not None}
+    if given.get("top_k") == "all":
+        given["top_k"] = None
+    if "target_modules" in given:
+        targets = list(given["target_modules"])
+        given["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     file = values["adapter_config"]
     if values["init_adapter"] is not None:
         wrong = [f for f in given if f not in TRAINING_FLAGS] + (["adapter_config"] if file is not None else [])
         if wrong:
             raise ConfigError("init_adapter brings its own config", [f"{f}: found beside init_adapter" for f in wrong])
-        return {f: values[f] for f in given}
+        return given
     from_file = read_json(file) if file is not None else {}
-    both = [f"{f}: found as a flag and in {file}" for f in given if f in from_file]
-    if both:
-        raise ConfigError("expected each field once", both)
-    flags = {f: values[f] for f in ADAPTER_FLAGS}
-    targets = list(values["target_modules"])
-    flags["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     fixed = {"base_model_name_or_path": str(values["model"]), "task_type": "CAUSAL_LM"}
-    return {"format_version": MoeLoraConfig.format_version, **fixed, **flags, **from_file}
+    defaults = {"format_version": MoeLoraConfig.format_version, "target_modules": DEFAULTS["target_modules"]}
+    return {**defaults, **fixed, **from_file, **given}
 
 
 def _resume_command() -> str:

@@ -1,0 +1,155 @@
+"""Every verb under --quiet and --json, and what it shows on a terminal while it works."""
+
+import inspect
+import io
+import json
+import shutil
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from tiny_training import compiled_once, small_dirs  # noqa: F401
+
+from interop import cli
+from interop.progress import tracked
+from interop.shell import Json, Quiet, progress
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+ROOT = Path(__file__).resolve().parents[1]
+VERBS = {point.name: point for point in entry_points(group=cli.GROUP)}
+
+# verb: its command, what is asked for as text even under --quiet ("" where it writes files), stages on a terminal
+COMMANDS = {
+    "inspect": ("inspect trained", "layout", ["reading"]),
+    "verify": ("verify trained", "sound", ["checking"]),
+    "dialects": ("dialects", "xlora", []),
+    "convert": ("convert trained OUT --to mole", "", ["converting"]),
+    "combine": (
+        "combine experts/expert_0 experts/expert_1 OUT",
+        "",
+        ["reading the adapters", "2/2", "writing the mixture"],
+    ),
+    "export": (
+        "export trained OUT --as lora --gates mean --base base --data data.jsonl",
+        "",
+        ["measuring the mean gates", "joining the experts of each module", "measuring what it costs", "2/2"],
+    ),
+    "train": (
+        "train --model base --data data.jsonl --output-dir OUT --steps 2 --num-experts 2 --target-modules q_proj",
+        "",
+        ["importing JAX", "reading the model and the data", "compiling the step", "training: loss", "2/2"],
+    ),
+    "generate": (
+        "generate --model base --adapter trained --prompt hi --max-new-tokens 3",
+        "\n",
+        ["reading the model", "reading the adapter", "compiling, then generating"],
+    ),
+    "report": (
+        "report trained --model base --data data.jsonl --output OUT/report.html",
+        "",
+        ["reading the adapter and the model", "running the routers over the data", "drawing"],
+    ),
+    "quickstart": (
+        "quickstart --output-dir OUT --model base --data data.jsonl --num-experts 2 --steps 2",
+        "",
+        ["training: loss", "answering held-out prompts", "running the routers over held-out examples"],
+    ),
+    "run": ("run -- python script.py", "its own words", ["importing PyTorch and PEFT"]),
+}  # fmt: skip
+
+
+def test_the_two_flags_are_of_every_verb_and_defined_once():
+    assert set(COMMANDS) == set(VERBS)
+    for name, point in VERBS.items():
+        hints = get_type_hints(point.load(), include_extras=True)
+        assert hints["quiet"] is Quiet, name
+        assert name == "run" or hints["json"] is Json, name  # what a script prints is the script's affair
+        defaults = inspect.signature(point.load()).parameters
+        assert {defaults[flag].default for flag in ("quiet", "json") if flag in defaults} == {False}, name
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory, small_dirs, compiled_once):  # noqa: F811
+    made = tmp_path_factory.mktemp("furnished")
+    shutil.copytree(small_dirs["base"], made / "base")
+    shutil.copy(small_dirs["data"], made / "data.jsonl")
+    (made / "script.py").write_text("print('its own words')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        sizes = "--num-experts 3 --top-k 2 --r 2 --steps 1 --target-modules q_proj --quiet"
+        assert not cli.main(f"train --model base --data data.jsonl --output-dir trained {sizes}".split())
+        assert not cli.main("export trained experts --as lora-experts --quiet".split())
+    return made
+
+
+@pytest.fixture
+def every_update_is_drawn(monkeypatch):
+    """And not ten a second."""
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda *args, **fields: update(*args, **fields, refresh=True))
+
+
+@pytest.fixture
+def on_a_terminal(every_update_is_drawn, furnished, tmp_path, monkeypatch, capfd):
+    """(verb, flag) -> what it prints to stdout, and to a stderr that claims to be a terminal."""
+    from moe_lora_jax.verbs import quickstart
+
+    monkeypatch.chdir(furnished)
+    for name in ("argv", "path"):  # `run` changes them
+        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(quickstart, "_has_peft", lambda: False)  # another process: tests/test_verbs_quickstart.py
+
+    def run(verb, flag):
+        words = COMMANDS[verb][0].replace("OUT", str(tmp_path / "out")).split()
+        assert not cli.main([words[0], flag, *words[1:]])
+        return capfd.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_quiet(verb, on_a_terminal):
+    shown = on_a_terminal(verb, "--quiet")
+    asked = COMMANDS[verb][1]
+    assert shown.err == ""
+    assert asked in shown.out if asked else shown.out == ""
+
+
+@pytest.mark.parametrize("verb", [verb for verb in COMMANDS if verb != "run"])
+def test_json_is_alone_on_stdout_and_progress_is_on_stderr(verb, on_a_terminal):
+    shown = on_a_terminal(verb, "--json")
+    assert json.loads(shown.out)
+    assert [stage for stage in COMMANDS[verb][2] if stage not in shown.err] == []
+
+
+def test_a_bar_counts_names_stages_and_vanishes(every_update_is_drawn):
+    file = io.StringIO()
+    with progress("one [bold]stage", Console(file=file, force_terminal=True, width=100)) as bar:
+        assert list(tracked([5, 6, 7], bar)) == [5, 6, 7]
+        bar(2, 4, "in other words")
+        bar.stage("another")
+    shown = file.getvalue()
+    assert all(text in shown for text in ("one [bold]stage", "3/3", "in other words", "2/4"))
+    assert "/" not in shown.split("another")[-1], "how much the next stage is, is not known"
+    assert shown.endswith("\x1b[2K"), "the last thing is that the line is erased"
+
+
+@pytest.mark.parametrize("console", [Console(file=io.StringIO()), Console(force_terminal=True, quiet=True)])
+def test_no_bar_where_there_is_no_terminal_or_it_shall_be_quiet(console, capfd):
+    with progress("working", console) as bar:
+        bar(1, 2)
+        bar.stage("more")
+    assert capfd.readouterr() == ("", "") and (console.quiet or console.file.getvalue() == "")
+
+
+def test_progress_comes_after_the_work_on_each():
+    said, work = [], []
+    for item in tracked("ab", lambda *numbers: said.append(numbers)):
+        work.append((item, list(said)))
+    assert work == [("a", []), ("b", [(1, 2)])] and said == [(1, 2), (2, 2)]
