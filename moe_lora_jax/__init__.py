@@ -10,6 +10,8 @@ from moe_lora_jax.combine import combine
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.filters import experts_only, router_only
 from moe_lora_jax.layers import MoeLoraLinear
+from moe_lora_jax.linear_maps import LinearMap
+from moe_lora_jax.model_spec import ModelSpec
 from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.router import Router, RouterOutput
 from moe_lora_jax.summary import summary
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CausalLM",
+    "LinearMap",
+    "ModelSpec",
     "MoeLoraConfig",
     "MoeLoraLinear",
     "MoeLoraParam",

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from interop.card import routing_rule
 from interop.errors import CheckpointError
-from moe_lora_jax.apply import has_adapter
+from moe_lora_jax.apply import adapted_names, has_adapter
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.projections import by_projection
 
@@ -121,11 +121,12 @@ def summary(model: Any) -> Summary:
 
 def _sizes(model: nnx.Module) -> dict[str, int]:
     """{module, block with a router, or "" for the model's: parameters of the adapter there}."""
-    sizes: dict[str, int] = {}
+    names, sizes = adapted_names(model), dict[str, int]()
     for path, leaf in nnx.to_flat_state(nnx.state(model, MoeLoraParam)):
         parts = [str(part) for part in path if part != "base_layer"]
         end = next(i for i, part in enumerate(parts) if part in ("lora_a", "lora_b", "router", "moe_lora_router"))
-        module = ".".join(parts[:end])
+        path_of_module = ".".join(parts[:end])
+        module = names.get(path_of_module, path_of_module)
         sizes[module] = sizes.get(module, 0) + leaf.size
     return sizes
 
