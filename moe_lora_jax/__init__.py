@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from interop import __version__ as __version__
 from interop.config import MoeLoraConfig
+from moe_lora_jax.adapter_bank import AdapterBank, select_adapters
 from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
 from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
 from moe_lora_jax.combine import combine
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moe_lora_jax.report import plot_router
 
 __all__ = [
+    "AdapterBank",
     "CausalLM",
     "LinearMap",
     "ModelSpec",
@@ -38,6 +40,7 @@ __all__ = [
     "remove_moe_lora",
     "router_only",
     "save_pretrained",
+    "select_adapters",
     "summary",
     "to_adapter",
 ]

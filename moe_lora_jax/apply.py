@@ -16,9 +16,10 @@ from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.linear_maps import LinearMap, linear_map
 from moe_lora_jax.model_router import ModelRouter
 from moe_lora_jax.model_spec import ModelSpec, module_name
+from moe_lora_jax.multi_adapter import MultiAdapterLinear
 from moe_lora_jax.shared import Shared
 
-WRAPPERS = (MoeLoraLinear, SlotLinear, MoeLoraFeedForward)
+WRAPPERS = (MoeLoraLinear, SlotLinear, MoeLoraFeedForward, MultiAdapterLinear)
 
 
 class LinearLayer(NamedTuple):
@@ -107,7 +108,7 @@ def apply_to_modules(
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        _replace(model, found.path, wrapper)
+        replace_module(model, found.path, wrapper)
     for block in blocks:
         _wrap_block(model, block, config, param_dtype=param_dtype, rngs=rngs)
     model.moe_lora_config = config  # type: ignore[attr-defined]
@@ -117,13 +118,18 @@ def apply_to_modules(
 
 
 def remove_moe_lora(model: nnx.Module) -> nnx.Module:
-    """Takes the adapter off again, in place: the base layers return unchanged. Returns the model."""
-    for kind in (MoeLoraFeedForward, SlotLinear, MoeLoraLinear):  # blocks first: their layers' paths go through them
+    """Takes the adapter, or a bank's, off again, in place: the base layers return unchanged. Returns the model."""
+    for kind in (
+        MultiAdapterLinear,
+        MoeLoraFeedForward,
+        SlotLinear,
+        MoeLoraLinear,
+    ):  # blocks first: their layers' paths go through them
         for path, wrapper in [(p, m) for p, m in _modules(model) if isinstance(m, kind)]:
-            _replace(model, path, wrapper.base_layer)
+            replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:
         model.moe_lora_router = None  # type: ignore[attr-defined]
-    for name in ("moe_lora_config", "moe_lora_names"):
+    for name in ("moe_lora_config", "moe_lora_names", "moe_lora_rows"):
         if hasattr(model, name):
             delattr(model, name)
     return model
@@ -284,7 +290,7 @@ def _wrap_block(
         )
         setattr(owner, attribute, slot_layer)
     width = block.layers[block.last][1].map.out_features
-    _replace(model, block.path, MoeLoraFeedForward(owner, width, sizes, shared, config=config, rngs=rngs))
+    replace_module(model, block.path, MoeLoraFeedForward(owner, width, sizes, shared, config=config, rngs=rngs))
 
 
 def _modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
@@ -308,7 +314,8 @@ def _find(model: nnx.Module, path: str) -> Any:
     return owner
 
 
-def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
+def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
+    """Puts `new` at a path, in place."""
     parent, _, name = path.rpartition(".")
     owner = _find(model, parent)
     if isinstance(owner, nnx.List):

@@ -14,7 +14,7 @@ from interop.adapter import Adapter, config_sizes
 from interop.dialects import JAX_TREE
 from interop.errors import CheckpointError
 from interop.rules import decode, encode
-from moe_lora_jax.apply import adapted_names, apply_to_modules, has_adapter, linear_layers
+from moe_lora_jax.apply import LinearLayer, adapted_names, apply_to_modules, has_adapter, linear_layers
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.model_spec import ModelSpec
 
@@ -23,10 +23,14 @@ def to_adapter(model: Any) -> Adapter:
     """The adapter that `model` carries, as numpy arrays in canonical axes.
 
     Raises:
-        CheckpointError: the model carries none.
+        CheckpointError: the model carries none, or several.
     """
     if not has_adapter(model):
         raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
+    if not hasattr(model, "moe_lora_config"):
+        raise CheckpointError(
+            "the model has an AdapterBank: save its adapters by name, with the bank's save_pretrained"
+        )
     stored = {path: np.asarray(jax.device_get(leaf)) for path, leaf in _leaves(model).items()}
     config = model.moe_lora_config
     tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
@@ -76,7 +80,7 @@ def load_adapter(
             "cannot be loaded in JAX", [f"modules_to_save: found {config.modules_to_save}, expected null: PyTorch only"]
         )
     spec = spec or ModelSpec()
-    _check_fits(model, adapter, spec)
+    check_fits(linear_layers(model, spec), adapter)
     dtype = next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
     apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=dtype, spec=spec)
     stored, problems = encode(JAX_TREE.rules, adapter.tensors, config_sizes(config))
@@ -102,8 +106,8 @@ def _name(path: tuple[Any, ...], names: Mapping[str, str]) -> str:
     return ".".join(parts)
 
 
-def _check_fits(model: nnx.Module, adapter: Adapter, spec: ModelSpec) -> None:
-    linears = linear_layers(model, spec)
+def check_fits(linears: Mapping[str, LinearLayer], adapter: Adapter) -> None:
+    """Raises CheckpointError unless the base model has every module of the adapter, in its size."""
     problems = []
     for module in adapter.modules:
         if module not in linears:

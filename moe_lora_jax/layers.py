@@ -13,7 +13,21 @@ from moe_lora_jax.router import Router, TaskRouter
 from moe_lora_jax.shared import Shared, per_token
 
 
-class MoeLoraLinear(nnx.Module):
+class LayerWrapper(nnx.Module):
+    """In the place of `base_layer`. Sizes and settings of that layer can be read here too, as some models do."""
+
+    base_layer: nnx.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not a weight of the base layer. To multiply by a weight from outside would leave the adapter out."""
+        if not name.startswith("_") and "base_layer" in vars(self):
+            value = getattr(self.base_layer, name, None)
+            if value is not None and not callable(value) and not isinstance(value, nnx.Variable | jax.Array):
+                return value
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; weights are at its base_layer")
+
+
+class MoeLoraLinear(LayerWrapper):
     """y = W0 x + sum_e g_e(x) s_e B_e A_e x, s_e = lora_alpha_e / r_e, g from the router (1 for one expert).
 
     Two products carry all experts: A as [expert*rank, in] and B as [expert*rank, out]; between them the hidden code is
@@ -34,8 +48,6 @@ class MoeLoraLinear(nnx.Module):
 
     Variables: `lora_a` [expert, rank, in] (expert = 1 when shared), `lora_b` [expert, rank, out]; `router` unless there
     is one expert or the gates are shared.
-
-    Sizes and settings of the base layer can be read here too, as some models do; its weights only at `base_layer`.
     """
 
     def __init__(
@@ -85,14 +97,6 @@ class MoeLoraLinear(nnx.Module):
             return base  # the first pass of a model router, which runs without the adapter
         delta = self.delta(self.linear_map.flatten(x))
         return base + self.linear_map.restore(delta, base.shape).astype(base.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """What is not a weight of the base layer. To multiply by a weight from outside would leave the adapter out."""
-        if not name.startswith("_") and "base_layer" in vars(self):
-            value = getattr(self.base_layer, name, None)
-            if value is not None and not callable(value) and not isinstance(value, nnx.Variable | jax.Array):
-                return value
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; weights are at its base_layer")
 
     def delta(self, x: jax.Array) -> jax.Array:
         """What the adapter adds, for x [tokens, in]: [tokens, out] in the adapter's dtype."""

@@ -93,6 +93,8 @@ def summary(model: Any) -> Summary:
     """
     if not has_adapter(model):
         raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
+    if not hasattr(model, "moe_lora_config"):
+        raise CheckpointError("the model has an AdapterBank: summarise a model that carries one of its adapters")
     config, sizes = model.moe_lora_config, _sizes(model)
     targets = [m for m in sizes if m in config.target_modules]
     grid = by_projection(targets) | by_projection(m for m in sizes if m not in targets)
