@@ -14,6 +14,7 @@ from moe_lora_jax.layers import MoeLoraLinear
 from moe_lora_jax.linear_maps import LinearMap
 from moe_lora_jax.model_spec import ModelSpec
 from moe_lora_jax.models import CausalLM, generate, load_base_model
+from moe_lora_jax.quantized import quantize_base
 from moe_lora_jax.router import Router, RouterOutput
 from moe_lora_jax.summary import summary
 
@@ -37,6 +38,7 @@ __all__ = [
     "load_adapter",
     "load_base_model",
     "plot_router",
+    "quantize_base",
     "remove_moe_lora",
     "router_only",
     "save_pretrained",

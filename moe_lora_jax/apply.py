@@ -125,7 +125,7 @@ def remove_moe_lora(model: nnx.Module) -> nnx.Module:
         SlotLinear,
         MoeLoraLinear,
     ):  # blocks first: their layers' paths go through them
-        for path, wrapper in [(p, m) for p, m in _modules(model) if isinstance(m, kind)]:
+        for path, wrapper in [(p, m) for p, m in modules(model) if isinstance(m, kind)]:
             replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:
         model.moe_lora_router = None  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ def remove_moe_lora(model: nnx.Module) -> nnx.Module:
 
 def has_adapter(model: nnx.Module) -> bool:
     """Whether the model carries an adapter."""
-    return any(isinstance(module, WRAPPERS) for _, module in _modules(model))
+    return any(isinstance(module, WRAPPERS) for _, module in modules(model))
 
 
 def linear_layers(model: nnx.Module, spec: ModelSpec) -> dict[str, LinearLayer]:
@@ -149,7 +149,7 @@ def linear_layers(model: nnx.Module, spec: ModelSpec) -> dict[str, LinearLayer]:
     names = tuple(spec.names.items())
     found: dict[str, LinearLayer] = {}
     problems = []
-    for path, layer in _modules(model):
+    for path, layer in modules(model):
         linear = linear_map(layer, spec.layers)
         if linear is None:
             continue
@@ -166,7 +166,7 @@ def adapted_names(model: Any) -> dict[str, str]:
     """{path: module name} of everything that carries variables of the adapter, if the names are not the paths."""
     names = getattr(model, "moe_lora_names", ())
     found: dict[str, str] = {}
-    for path, module in _modules(model) if names else ():
+    for path, module in modules(model) if names else ():
         plain = ".".join(part for part in path.split(".") if part != "base_layer")
         if isinstance(module, MoeLoraLinear | SlotLinear) and (name := module_name(plain, names)) is not None:
             found[plain] = name
@@ -293,7 +293,7 @@ def _wrap_block(
     replace_module(model, block.path, MoeLoraFeedForward(owner, width, sizes, shared, config=config, rngs=rngs))
 
 
-def _modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+def modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """(path joined with dots, module).
 
     Raises:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_lora_jax.quantized import QuantizedLinear
+
 
 @dataclass(frozen=True)
 class LinearMap:
@@ -92,7 +94,7 @@ def linear_map(layer: Any, layer_types: LayerTypes) -> LinearMap | None:
     for kind, map_of in layer_types.items():
         if isinstance(layer, kind):
             return map_of(layer)
-    if isinstance(layer, nnx.Linear):
+    if isinstance(layer, nnx.Linear | QuantizedLinear):
         return LinearMap((layer.in_features,), (layer.out_features,))
     if isinstance(layer, nnx.LinearGeneral):
         return None if layer.batch_axis else _of_linear_general(layer)

@@ -17,6 +17,7 @@ from interop.errors import CheckpointError
 from moe_lora_jax.apply import adapted_names, has_adapter
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.projections import by_projection
+from moe_lora_jax.quantized import Codes
 
 _HEADER = ("modules", "layers", "experts", "rank", "top_k", "parameters")
 
@@ -111,7 +112,7 @@ def summary(model: Any) -> Summary:
                 parameters=sum(sizes[m] for m in layers.values()),
             )
         )
-    base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoeLoraParam)))
+    base = nnx.state(model, nnx.Any(nnx.All(nnx.Param, nnx.Not(MoeLoraParam)), Codes))
     return Summary(
         base=config.base_model_name_or_path,
         routing=routing_rule(config),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.module_order import traversal_order
+from moe_lora_jax.linear_maps import linear_map
 from moe_lora_jax.model_router import ModelRouter
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
@@ -148,7 +149,7 @@ class CausalLM(nnx.Module):
 
     def linear_order(self) -> list[str]:
         """The decoder's linear layers in the order in which transformers traverses them."""
-        names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if isinstance(m, nnx.Linear)]
+        names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if linear_map(m, {})]
         return traversal_order(f"model.{name}" for name in names)
 
     def head(self, hidden: jax.Array) -> jax.Array:
