@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust fuzz zero3 compat package audit clean
+.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust fuzz zero3 tunix compat package audit clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
@@ -60,6 +60,13 @@ zero3: .venv/installed
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/deepspeed \
 		deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 	PYTHONPATH=build/deepspeed DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/test_trainers.py -k zero3
+
+# a model and the trainer of google-tunix, installed beside the project: it asks for packages that the project does not want
+tunix: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target build/tunix google-tunix==0.1.7 qwix==0.1.8 google-metrax==0.2.4 \
+		clu==0.0.12 jaxtyping==0.3.11 kagglehub==1.0.3 omegaconf==2.4.0 perfetto==0.59.1 sentencepiece==0.2.3 \
+		tenacity==9.2.1 wadler_lindig==0.1.8 wrapt==2.5.2
+	PYTHONPATH=build/tunix $(BIN)/python -m pytest tests/test_tunix.py
 
 # a site in build/site; links are checked
 docs: .venv/installed

@@ -34,7 +34,7 @@ ROLES = {
     "router_bias_{j}": "unit",
 }
 # `logit` counts a router's outputs: the experts, times splits or layers where there are any; `one` has size 1.
-AXES = frozenset({"expert", "rank", "in", "out", "layer", "one", "logit", "unit", "split", "task", "dim"})
+AXES = frozenset({"expert", "rank", "in", "out", "layer", "one", "logit", "unit", "split", "task", "dim", "head"})
 NUMBERS = AXES | {"j"}  # j numbers the layers of a router; it is no axis
 
 

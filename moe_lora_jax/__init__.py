@@ -4,13 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 from interop import __version__ as __version__
 from interop.config import MoeLoraConfig
+from moe_lora_jax.adapter_bank import AdapterBank, select_adapters
 from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
 from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
 from moe_lora_jax.combine import combine
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.filters import experts_only, router_only
 from moe_lora_jax.layers import MoeLoraLinear
+from moe_lora_jax.linear_maps import LinearMap
+from moe_lora_jax.model_spec import ModelSpec
 from moe_lora_jax.models import CausalLM, generate, load_base_model
+from moe_lora_jax.quantized import quantize_base
 from moe_lora_jax.router import Router, RouterOutput
 from moe_lora_jax.summary import summary
 
@@ -18,7 +22,10 @@ if TYPE_CHECKING:
     from moe_lora_jax.report import plot_router
 
 __all__ = [
+    "AdapterBank",
     "CausalLM",
+    "LinearMap",
+    "ModelSpec",
     "MoeLoraConfig",
     "MoeLoraLinear",
     "MoeLoraParam",
@@ -31,9 +38,11 @@ __all__ = [
     "load_adapter",
     "load_base_model",
     "plot_router",
+    "quantize_base",
     "remove_moe_lora",
     "router_only",
     "save_pretrained",
+    "select_adapters",
     "summary",
     "to_adapter",
 ]

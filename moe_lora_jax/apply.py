@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,23 +14,43 @@ from interop.presence import block_of, router_owners
 from interop.stuck_routers import warn_of_stuck_routers
 from moe_lora_jax.feed_forward import MoeLoraFeedForward, SlotLinear
 from moe_lora_jax.layers import MoeLoraLinear
+from moe_lora_jax.linear_maps import LinearMap, linear_map
 from moe_lora_jax.model_router import ModelRouter
+from moe_lora_jax.model_spec import ModelSpec, module_name
+from moe_lora_jax.multi_adapter import MultiAdapterLinear
 from moe_lora_jax.shared import Shared
 
-WRAPPERS = (MoeLoraLinear, SlotLinear, MoeLoraFeedForward)
+WRAPPERS = (MoeLoraLinear, SlotLinear, MoeLoraFeedForward, MultiAdapterLinear)
+
+
+class LinearLayer(NamedTuple):
+    """A layer that can carry experts: where it is, the layer, and how it is a matrix."""
+
+    path: str
+    layer: Any
+    map: LinearMap
 
 
 def apply_moe_lora(
-    model: nnx.Module, config: MoeLoraConfig, *, rngs: nnx.Rngs, param_dtype: jnp.dtype = jnp.float32
+    model: nnx.Module,
+    config: MoeLoraConfig,
+    *,
+    rngs: nnx.Rngs,
+    param_dtype: jnp.dtype = jnp.float32,
+    spec: ModelSpec | None = None,
 ) -> nnx.Module:
-    """Wraps every targeted `nnx.Linear` of `model` in a mixture, in place, and returns the model.
+    """Wraps every targeted linear layer of `model` in a mixture, in place, and returns the model.
+
+    Linear layers are `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and the classes that `spec` adds.
 
     Args:
-        model: any NNX model; a layer's path joined with dots is its module name. Routers of the model and task routing
-            need a model that carries `moe_lora_router` through its forward pass, as those of `load_base_model` do.
+        model: any NNX model; a layer's path joined with dots is its module name, unless `spec` translates it. Routers
+            of the model and task routing need a model that carries `moe_lora_router` through its forward pass, as those
+            of `load_base_model` do.
         config: which layers, and what mixture. "all-linear" is every linear layer but lm_head.
         rngs: streams "params" and "dropout".
         param_dtype: storage dtype of A and B.
+        spec: names and layer classes of a model that `load_base_model` did not make.
 
     The config with its targets resolved is kept as `model.moe_lora_config`; `save_pretrained` writes it.
 
@@ -43,69 +63,122 @@ def apply_moe_lora(
     """
     if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
-    chosen = config.targets.select(linear_layers(model))
-    apply_to_modules(model, config, chosen, rngs=rngs, param_dtype=param_dtype)
+    spec = spec or ModelSpec()
+    chosen = config.targets.select(linear_layers(model, spec))
+    apply_to_modules(model, config, chosen, rngs=rngs, param_dtype=param_dtype, spec=spec)
     warn_of_stuck_routers(config, chosen)
     return model
 
 
 def apply_to_modules(
-    model: nnx.Module, config: MoeLoraConfig, chosen: list[str], *, rngs: nnx.Rngs, param_dtype: jnp.dtype
+    model: nnx.Module,
+    config: MoeLoraConfig,
+    chosen: list[str],
+    *,
+    rngs: nnx.Rngs,
+    param_dtype: jnp.dtype,
+    spec: ModelSpec,
 ) -> nnx.Module:
     """`apply_moe_lora` on exactly these layers, whatever else the config's names may match."""
     if config.modules_to_save:
         problem = f"modules_to_save: found {config.modules_to_save}, expected null: only PyTorch saves whole modules"
         raise ConfigError("the config does not fit the model", [problem])
-    linears = linear_layers(model)
+    linears = linear_layers(model, spec)
+    names = tuple(spec.names.items())
+    unnamed = [m for m in chosen if names and module_name(linears[m].path, names) is None]
+    if unnamed:
+        problems = [f"{m}: no template of the spec's names fits this layer's path" for m in unnamed]
+        raise ConfigError("target modules without a name", problems)
     sizes = _sizes(config, chosen)
     config = _completed(model, config, chosen)
     routed = [m for m in chosen if sizes[m].has_router]
     alone = [m for m in chosen if config.scope != "ffn" or not sizes[m].has_router]
     blocks = (
-        [_plan_block(model, b, routed, config) for b in router_owners(config, routed)] if config.scope == "ffn" else []
+        [_plan_block(model, b, linears, routed, config) for b in router_owners(config, routed)]
+        if config.scope == "ffn"
+        else []
     )
     shared = _add_model_router(model, config, routed, rngs)
     order = config.module_order or []
-    for path in alone:  # before the blocks, which may contain some of them
-        layer = linears[path]
+    for module in alone:  # before the blocks, which may contain some of them
+        found = linears[module]
         wrapper = MoeLoraLinear(
-            layer,
-            layer.in_features,
-            layer.out_features,
-            sizes[path],
+            found.layer,
+            found.map.in_features,
+            found.map.out_features,
+            sizes[module],
             config=config,
             shared=shared,
-            layer_index=order.index(path) if path in order else 0,
+            layer_index=order.index(module) if module in order else 0,
+            linear_map=found.map,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        _replace(model, path, wrapper)
+        replace_module(model, found.path, wrapper)
     for block in blocks:
         _wrap_block(model, block, config, param_dtype=param_dtype, rngs=rngs)
     model.moe_lora_config = config  # type: ignore[attr-defined]
+    if names:
+        model.moe_lora_names = names  # type: ignore[attr-defined]
     return model
 
 
 def remove_moe_lora(model: nnx.Module) -> nnx.Module:
-    """Takes the adapter off again, in place: the base layers return unchanged. Returns the model."""
-    for kind in (MoeLoraFeedForward, SlotLinear, MoeLoraLinear):  # blocks first: their layers' paths go through them
-        for path, wrapper in [(p, m) for p, m in _modules(model) if isinstance(m, kind)]:
-            _replace(model, path, wrapper.base_layer)
+    """Takes the adapter, or a bank's, off again, in place: the base layers return unchanged. Returns the model."""
+    for kind in (
+        MultiAdapterLinear,
+        MoeLoraFeedForward,
+        SlotLinear,
+        MoeLoraLinear,
+    ):  # blocks first: their layers' paths go through them
+        for path, wrapper in [(p, m) for p, m in modules(model) if isinstance(m, kind)]:
+            replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:
         model.moe_lora_router = None  # type: ignore[attr-defined]
-    if hasattr(model, "moe_lora_config"):
-        del model.moe_lora_config
+    for name in ("moe_lora_config", "moe_lora_names", "moe_lora_rows"):
+        if hasattr(model, name):
+            delattr(model, name)
     return model
 
 
 def has_adapter(model: nnx.Module) -> bool:
     """Whether the model carries an adapter."""
-    return any(isinstance(module, WRAPPERS) for _, module in _modules(model))
+    return any(isinstance(module, WRAPPERS) for _, module in modules(model))
 
 
-def linear_layers(model: nnx.Module) -> dict[str, nnx.Linear]:
-    """{module path: layer} of every `nnx.Linear` of a model without adapter."""
-    return {path: layer for path, layer in _modules(model) if isinstance(layer, nnx.Linear)}
+def linear_layers(model: nnx.Module, spec: ModelSpec) -> dict[str, LinearLayer]:
+    """{module name: layer} of every linear layer of a model without adapter; the path where `spec` has no name for it.
+
+    Raises:
+        ConfigError: two layers would have one name.
+    """
+    names = tuple(spec.names.items())
+    found: dict[str, LinearLayer] = {}
+    problems = []
+    for path, layer in modules(model):
+        linear = linear_map(layer, spec.layers)
+        if linear is None:
+            continue
+        name = module_name(path, names) or path
+        if name in found:
+            problems.append(f"{name}: found as the name of {found[name].path} and of {path}, expected one layer")
+        found[name] = LinearLayer(path, layer, linear)
+    if problems:
+        raise ConfigError("names are ambiguous", problems)
+    return found
+
+
+def adapted_names(model: Any) -> dict[str, str]:
+    """{path: module name} of everything that carries variables of the adapter, if the names are not the paths."""
+    names = getattr(model, "moe_lora_names", ())
+    found: dict[str, str] = {}
+    for path, module in modules(model) if names else ():
+        plain = ".".join(part for part in path.split(".") if part != "base_layer")
+        if isinstance(module, MoeLoraLinear | SlotLinear) and (name := module_name(plain, names)) is not None:
+            found[plain] = name
+            if isinstance(module, SlotLinear):  # its block's router
+                found[plain.rpartition(".")[0]] = name.rpartition(".")[0]
+    return found
 
 
 def _sizes(config: MoeLoraConfig, chosen: list[str]) -> dict[str, ModuleConfig]:
@@ -159,27 +232,46 @@ def _add_model_router(model: Any, config: MoeLoraConfig, routed: list[str], rngs
 
 @dataclass(frozen=True)
 class _Block:
-    """A feed-forward block that fits: its linear layers' names, which are targets, and which one is the last."""
+    """A feed-forward block that fits: {attribute: (module name, layer)}, those that are targets, and the last one."""
 
+    name: str
     path: str
-    layers: dict[str, nnx.Linear]
+    layers: dict[str, tuple[str, LinearLayer]]
     targets: frozenset[str]
     last: str
 
 
-def _plan_block(model: nnx.Module, path: str, routed: list[str], config: MoeLoraConfig) -> _Block:
-    layers = {name: m for name, m in vars(_find(model, path)).items() if isinstance(m, nnx.Linear)}
-    shapes = {name: (m.in_features, m.out_features) for name, m in layers.items()}
+def _plan_block(
+    model: nnx.Module, block: str, linears: dict[str, LinearLayer], routed: list[str], config: MoeLoraConfig
+) -> _Block:
+    paths = {linears[m].path.rpartition(".")[0] for m in routed if block_of(m) == block}
+    path = paths.pop()
+    layers = {
+        found.path.rpartition(".")[2]: (name, found)
+        for name, found in linears.items()
+        if found.path.rpartition(".")[0] == path
+    }
+    problems = [f"{block}: its layers are in {path} and {other}, expected one module" for other in sorted(paths)]
+    problems += [
+        f"{name}: {found.map}, expected a layer from the last axis to the last axis"
+        for name, found in layers.values()
+        if not found.map.is_last_axis
+    ]
+    shapes = {name: (m.map.in_features, m.map.out_features) for name, (_, m) in layers.items()}
     last = last_layer(shapes)
     if last is None:
-        problem = f"{path}: found the layers {shapes}, expected exactly one whose output is the block's"
-        raise ConfigError("scope ffn does not fit the model", [problem])
+        problems.append(f"{block}: found the layers {shapes}, expected exactly one whose output is the block's")
+    if problems:
+        raise ConfigError("scope ffn does not fit the model", problems)
+    assert last is not None
     sums_to_one = config.norm_topk_prob and config.threshold is None and config.routed_scaling_factor == 1
-    if layers[last].bias is not None and (not sums_to_one or config.expert_dropout > 0):
-        problem = f"{path}.{last}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold"
+    if getattr(layers[last][1].layer, "bias", None) is not None and (not sums_to_one or config.expert_dropout > 0):
+        problem = (
+            f"{layers[last][0]}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold"
+        )
         raise ConfigError("scope ffn does not fit the model", [f"{problem}, scaling factor or expert_dropout"])
-    targets = frozenset(m.rpartition(".")[2] for m in routed if block_of(m) == path)
-    return _Block(path, {n: m for n, m in layers.items() if n in targets or n == last}, targets, last)
+    targets = frozenset(linears[m].path.rpartition(".")[2] for m in routed if block_of(m) == block)
+    return _Block(block, path, {n: m for n, m in layers.items() if n in targets or n == last}, targets, last)
 
 
 def _wrap_block(
@@ -187,27 +279,27 @@ def _wrap_block(
 ) -> None:
     """Replaces the linear layers of a feed-forward block by `SlotLinear`s and the block by a `MoeLoraFeedForward`."""
     owner = _find(model, block.path)
-    sizes, shared = config.for_module(block.path), Shared.empty()
-    for name, layer in block.layers.items():
+    sizes, shared = config.for_module(block.name), Shared.empty()
+    for attribute, (name, found) in block.layers.items():
         slot_layer = SlotLinear(
-            getattr(owner, name),  # plain LoRA by now, if the config gives this layer one expert
-            layer.in_features,
-            layer.out_features,
-            config.for_module(f"{block.path}.{name}"),
+            getattr(owner, attribute),  # plain LoRA by now, if the config gives this layer one expert
+            found.map.in_features,
+            found.map.out_features,
+            config.for_module(name),
             shared,
             config=config,
             top_k=sizes.top_k,
-            is_last=name == block.last,
-            is_target=name in block.targets,
+            is_last=attribute == block.last,
+            is_target=attribute in block.targets,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        setattr(owner, name, slot_layer)
-    width = block.layers[block.last].out_features
-    _replace(model, block.path, MoeLoraFeedForward(owner, width, sizes, shared, config=config, rngs=rngs))
+        setattr(owner, attribute, slot_layer)
+    width = block.layers[block.last][1].map.out_features
+    replace_module(model, block.path, MoeLoraFeedForward(owner, width, sizes, shared, config=config, rngs=rngs))
 
 
-def _modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+def modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """(path joined with dots, module).
 
     Raises:
@@ -228,7 +320,8 @@ def _find(model: nnx.Module, path: str) -> Any:
     return owner
 
 
-def _replace(model: nnx.Module, path: str, new: nnx.Module) -> None:
+def replace_module(model: nnx.Module, path: str, new: nnx.Module) -> None:
+    """Puts `new` at a path, in place."""
     parent, _, name = path.rpartition(".")
     owner = _find(model, parent)
     if isinstance(owner, nnx.List):

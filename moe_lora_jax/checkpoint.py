@@ -1,6 +1,7 @@
 """Between an NNX model and an `interop.Adapter`: the parameter tree is one more layout."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,18 +14,23 @@ from interop.adapter import Adapter, config_sizes
 from interop.dialects import JAX_TREE
 from interop.errors import CheckpointError
 from interop.rules import decode, encode
-from moe_lora_jax.apply import apply_to_modules, has_adapter, linear_layers
+from moe_lora_jax.apply import LinearLayer, adapted_names, apply_to_modules, has_adapter, linear_layers
 from moe_lora_jax.experts import MoeLoraParam
+from moe_lora_jax.model_spec import ModelSpec
 
 
 def to_adapter(model: Any) -> Adapter:
     """The adapter that `model` carries, as numpy arrays in canonical axes.
 
     Raises:
-        CheckpointError: the model carries none.
+        CheckpointError: the model carries none, or several.
     """
     if not has_adapter(model):
         raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
+    if not hasattr(model, "moe_lora_config"):
+        raise CheckpointError(
+            "the model has an AdapterBank: save its adapters by name, with the bank's save_pretrained"
+        )
     stored = {path: np.asarray(jax.device_get(leaf)) for path, leaf in _leaves(model).items()}
     config = model.moe_lora_config
     tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
@@ -48,6 +54,7 @@ def load_adapter(
     *,
     dialect: str | None = None,
     rngs: nnx.Rngs | None = None,
+    spec: ModelSpec | None = None,
     **options: Any,
 ) -> nnx.Module:
     """Applies a stored adapter's config to a base model, in place, then its weights. Returns the model.
@@ -58,6 +65,7 @@ def load_adapter(
         dialect: the layout's name, as for `interop.read`.
         options: what the layout does not record, as for `interop.read`.
         rngs: stream "dropout", for training on; default `nnx.Rngs(0)`.
+        spec: names and layer classes of a model that `load_base_model` did not make, as for `apply_moe_lora`.
 
     Raises:
         CheckpointError: unreadable, or for another base model: every module that is missing there or has other sizes is
@@ -71,35 +79,42 @@ def load_adapter(
         raise CheckpointError(
             "cannot be loaded in JAX", [f"modules_to_save: found {config.modules_to_save}, expected null: PyTorch only"]
         )
-    _check_fits(model, adapter)
+    spec = spec or ModelSpec()
+    check_fits(linear_layers(model, spec), adapter)
     dtype = next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
-    apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=dtype)
+    apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=dtype, spec=spec)
     stored, problems = encode(JAX_TREE.rules, adapter.tensors, config_sizes(config))
-    state = nnx.to_flat_state(nnx.state(model, MoeLoraParam))
-    assert not problems and stored.keys() == {_name(path) for path, _ in state}, "checked against the config before"
-    filled = {path: variable.replace(jnp.asarray(stored[_name(path)])) for path, variable in state}
+    names = adapted_names(model)
+    state = [(path, _name(path, names), v) for path, v in nnx.to_flat_state(nnx.state(model, MoeLoraParam))]
+    assert not problems and stored.keys() == {name for _, name, _ in state}, "checked against the config before"
+    filled = {path: variable.replace(jnp.asarray(stored[name])) for path, name, variable in state}
     nnx.update(model, nnx.from_flat_state(filled))
     return model
 
 
 def _leaves(model: nnx.Module) -> dict[str, jax.Array]:
-    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, MoeLoraParam))}
+    names = adapted_names(model)
+    return {_name(path, names): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, MoeLoraParam))}
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    """A variable's path as the layout `jax_tree` names it: without the wrapper of a feed-forward block."""
-    return ".".join(str(part) for part in path if part != "base_layer")
+def _name(path: tuple[Any, ...], names: Mapping[str, str]) -> str:
+    """A variable's path as the layout `jax_tree` names it: without wrappers, and its module's path translated."""
+    parts = [str(part) for part in path if part != "base_layer"]
+    for end in range(len(parts), 0, -1):
+        if (module := names.get(".".join(parts[:end]))) is not None:
+            return ".".join([module, *parts[end:]])
+    return ".".join(parts)
 
 
-def _check_fits(model: nnx.Module, adapter: Adapter) -> None:
-    linears = linear_layers(model)
+def check_fits(linears: Mapping[str, LinearLayer], adapter: Adapter) -> None:
+    """Raises CheckpointError unless the base model has every module of the adapter, in its size."""
     problems = []
     for module in adapter.modules:
         if module not in linears:
             problems.append(f"{module}: the base model has no linear layer of this name")
             continue
         found = (adapter.tensors[module, "lora_A"].shape[-1], adapter.tensors[module, "lora_B"].shape[1])
-        expected = (linears[module].in_features, linears[module].out_features)
+        expected = (linears[module].map.in_features, linears[module].map.out_features)
         if found != expected:
             problems.append(f"{module}: the adapter is for in, out = {found}, the base model has {expected}")
     if problems:

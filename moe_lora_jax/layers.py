@@ -1,6 +1,6 @@
 """A mixture of LoRA experts around one linear layer."""
 
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +9,40 @@ from flax import nnx
 from interop.config import ModuleConfig, MoeLoraConfig
 from moe_lora_jax.display import Described, experts_in_words
 from moe_lora_jax.experts import MoeLoraParam, gated_sum, init_experts, mixed_factors
+from moe_lora_jax.linear_maps import LinearMap
 from moe_lora_jax.router import Router, TaskRouter
 from moe_lora_jax.shared import Shared, per_token
 
 
-class MoeLoraLinear(Described, nnx.Module):
+class LayerWrapper(nnx.Module):
+    """In the place of `base_layer`. Sizes and settings of that layer can be read here too, as some models do."""
+
+    base_layer: nnx.Module
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not a weight of the base layer. To multiply by a weight from outside would leave the adapter out."""
+        if not name.startswith("_") and "base_layer" in vars(self):
+            value = getattr(self.base_layer, name, None)
+            if value is not None and not callable(value) and not isinstance(value, nnx.Variable | jax.Array):
+                return value
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}; weights are at its base_layer")
+
+
+class MoeLoraLinear(Described, LayerWrapper):
     """y = W0 x + sum_e g_e(x) s_e B_e A_e x, s_e = lora_alpha_e / r_e, g from the router (1 for one expert).
 
     Two products carry all experts: A as [expert*rank, in] and B as [expert*rank, out]; between them the hidden code is
     multiplied by the gates.
 
     Args:
-        base_layer: the frozen layer W0; called with x unchanged.
+        base_layer: the frozen layer W0; called with what the mixture is called with.
         in_features: width of its input.
         out_features: width of its output.
         sizes: the module's experts, ranks and alphas (`config.for_module(path)`).
         config: the adapter's config.
         shared: where the gates (scope "model") or the task ids come from; None with a router of its own.
         layer_index: this module's place in a layerwise router.
+        linear_map: which axes are `in` and `out`, where they are not the last ones.
         param_dtype: storage dtype of A and B; the router is always fp32. The delta is computed in this dtype and added
             in the dtype of the base layer's output.
         rngs: streams "params" (initial values) and "dropout" (training only).
@@ -45,10 +61,12 @@ class MoeLoraLinear(Described, nnx.Module):
         config: MoeLoraConfig,
         shared: Shared | None = None,
         layer_index: int = 0,
+        linear_map: LinearMap | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.base_layer = base_layer
+        self.linear_map = linear_map or LinearMap((in_features,), (out_features,))
         a, b = init_experts(
             sizes, in_features, out_features, zero_b=config.init_lora_weights, param_dtype=param_dtype, rngs=rngs
         )
@@ -73,13 +91,13 @@ class MoeLoraLinear(Described, nnx.Module):
         random = config.lora_dropout > 0 or config.expert_dropout > 0 or config.router_jitter_noise > 0
         self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., in] -> [..., out]."""
-        base = self.base_layer(x)
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """x [..., in] -> [..., out]; further arguments are the base layer's."""
+        base = self.base_layer(x, *args, **kwargs)
         if self.shared is not None and self.shared.is_empty:
             return base  # the first pass of a model router, which runs without the adapter
-        delta = self.delta(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-        return base + delta.reshape(base.shape).astype(base.dtype)
+        delta = self.delta(self.linear_map.flatten(x))
+        return base + self.linear_map.restore(delta, base.shape).astype(base.dtype)
 
     def facts(self) -> str:
         """See `display`."""

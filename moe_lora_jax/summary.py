@@ -14,9 +14,10 @@ from rich.text import Text
 
 from interop.card import routing_rule
 from interop.errors import CheckpointError
-from moe_lora_jax.apply import has_adapter
+from moe_lora_jax.apply import adapted_names, has_adapter
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.projections import by_projection
+from moe_lora_jax.quantized import Codes
 
 _HEADER = ("modules", "layers", "experts", "rank", "top_k", "parameters")
 
@@ -93,6 +94,8 @@ def summary(model: Any) -> Summary:
     """
     if not has_adapter(model):
         raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
+    if not hasattr(model, "moe_lora_config"):
+        raise CheckpointError("the model has an AdapterBank: summarise a model that carries one of its adapters")
     config, sizes = model.moe_lora_config, _sizes(model)
     targets = [m for m in sizes if m in config.target_modules]
     grid = by_projection(targets) | by_projection(m for m in sizes if m not in targets)
@@ -109,7 +112,7 @@ def summary(model: Any) -> Summary:
                 parameters=sum(sizes[m] for m in layers.values()),
             )
         )
-    base = nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoeLoraParam)))
+    base = nnx.state(model, nnx.Any(nnx.All(nnx.Param, nnx.Not(MoeLoraParam)), Codes))
     return Summary(
         base=config.base_model_name_or_path,
         routing=routing_rule(config),
@@ -121,11 +124,12 @@ def summary(model: Any) -> Summary:
 
 def _sizes(model: nnx.Module) -> dict[str, int]:
     """{module, block with a router, or "" for the model's: parameters of the adapter there}."""
-    sizes: dict[str, int] = {}
+    names, sizes = adapted_names(model), dict[str, int]()
     for path, leaf in nnx.to_flat_state(nnx.state(model, MoeLoraParam)):
         parts = [str(part) for part in path if part != "base_layer"]
         end = next(i for i, part in enumerate(parts) if part in ("lora_a", "lora_b", "router", "moe_lora_router"))
-        module = ".".join(parts[:end])
+        path_of_module = ".".join(parts[:end])
+        module = names.get(path_of_module, path_of_module)
         sizes[module] = sizes.get(module, 0) + leaf.size
     return sizes
 

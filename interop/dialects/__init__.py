@@ -7,6 +7,7 @@ from interop.dialects.hydralora import HYDRALORA
 from interop.dialects.jax_tree import JAX_TREE
 from interop.dialects.lora import PLAIN_LORA
 from interop.dialects.loramoe import LORAMOE
+from interop.dialects.maxtext import MAXTEXT
 from interop.dialects.moe_peft import MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
 from interop.dialects.moelora import MOELORA
 from interop.dialects.mola import MOLA
@@ -36,4 +37,4 @@ FILE_DIALECTS = (
     PEFT_ROUTER,
 )
 
-__all__ = ["FILE_DIALECTS", "JAX_TREE", "NATIVE"]
+__all__ = ["FILE_DIALECTS", "JAX_TREE", "MAXTEXT", "NATIVE"]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from interop.module_order import traversal_order
+from moe_lora_jax.linear_maps import linear_map
 from moe_lora_jax.model_router import ModelRouter
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
@@ -104,6 +105,12 @@ class CausalLM(nnx.Module):
         for name, array in (("attention_mask", attention_mask), ("positions", positions)):
             if array is not None and jnp.shape(array) != input_ids.shape:
                 raise ValueError(f"{name} has shape {jnp.shape(array)}, input_ids has {input_ids.shape}")
+        rows = getattr(self, "moe_lora_rows", None)  # of an AdapterBank: the layers see tokens, not rows
+        if rows is not None and rows.get_value().shape != input_ids.shape[:1]:
+            raise ValueError(
+                f"input_ids has {input_ids.shape[0]} rows, adapters are selected for {rows.get_value().shape[0]}: call "
+                "AdapterBank.select with a name for every row"
+            )
         real = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         positions = None if positions is None else jnp.asarray(positions, jnp.int32)
         hidden, cache = self._route_and_decode(input_ids, real, positions, cache, task_ids)
@@ -142,7 +149,7 @@ class CausalLM(nnx.Module):
 
     def linear_order(self) -> list[str]:
         """The decoder's linear layers in the order in which transformers traverses them."""
-        names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if isinstance(m, nnx.Linear)]
+        names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if linear_map(m, {})]
         return traversal_order(f"model.{name}" for name in names)
 
     def head(self, hidden: jax.Array) -> jax.Array:
