@@ -87,7 +87,7 @@ def routing(methods: Mapping[str, Rows]) -> str:
                 np.mean([row[field] for row in rows]) for field in ("entropy", "task_information", "largest_share")
             ]
             (knocked,) = [row["knockout"] for row in rows if "knockout" in row]
-            shown = [f"{knocked[k]:+.3f}" for k in ("own", "others")] + [f"{knocked['p']:.4f}"]
+            shown = [f"{knocked[k]:+.3f}" for k in ("own", "others")] + [f"{knocked['p']:.1g}"]
             lines.append([method, *(f"{value:.3f}" for value in means), *shown])
     return _markdown(lines)
 
