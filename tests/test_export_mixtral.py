@@ -191,6 +191,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot learn")
 @pytest.mark.parametrize("case", REFUSED)
 def test_mixtures_that_are_no_mixtral(case, tmp_path):
     fields, reason = REFUSED[case]
