@@ -5,6 +5,8 @@
 Needs the extra `quant` and the package chatterbot-corpus 1.3.3. Not among `make bench`: it takes half an hour on a CPU.
 """
 
+import ctypes
+import gc
 import resource
 import statistics
 import subprocess
@@ -35,10 +37,14 @@ def bytes_of(model: nnx.Module, copies: int = 4) -> float:
     """
     copy = jax.jit(lambda array: array * jnp.ones((), array.dtype))  # an argument itself is not copied
     leaves = [leaf for leaf in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(leaf.dtype, jnp.number)]
-    made = [jax.block_until_ready([copy(leaf) for leaf in leaves])]  # compiled, and what was free is used up
+    jax.block_until_ready([copy(leaf) for leaf in leaves])  # compiled
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again and not be seen
     before = resident()
-    made += [jax.block_until_ready([copy(leaf) for leaf in leaves]) for _ in range(copies)]
-    return (resident() - before) / copies
+    made = [jax.block_until_ready([copy(leaf) for leaf in leaves]) for _ in range(copies)]
+    grown = resident() - before
+    del made
+    return grown / copies
 
 
 def resident() -> int:
@@ -102,6 +108,7 @@ def main(directory: str, *kinds: str) -> None:
         if kind != "bfloat16":
             mlj.quantize_base(model, kind)  # type: ignore[arg-type]
         size = bytes_of(model)
+        print(f"{kind}: {size / 1e6:.1f} MB", file=sys.stderr, flush=True)
         before, after, last, seconds = train(model, rows)
         reference = reference or (size, after)
         shares = size / reference[0], after / reference[1]

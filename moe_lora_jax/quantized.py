@@ -84,7 +84,7 @@ class QuantizedEmbed(nnx.Module):
         return self.embedding.matmul(x, transposed=True)
 
 
-def quantize_base(model: nnx.Module, kind: Kind, *, block_size: int = 64, embeddings: bool = True) -> nnx.Module:
+def quantize_base(model: nnx.Module, kind: Kind, *, block_size: int = 32, embeddings: bool = True) -> nnx.Module:
     """Replaces the weights of every `nnx.Linear` and `nnx.Embed` of a base model by 8- or 4-bit ones, in place.
 
     One layer after the other, each weight being freed when its codes are there. The adapter comes afterwards and stays
@@ -93,7 +93,7 @@ def quantize_base(model: nnx.Module, kind: Kind, *, block_size: int = 64, embedd
     Args:
         model: a base model without an adapter.
         kind: "int8", "int4" (equal steps) or "nf4" (steps for normally distributed weights, QLoRA's).
-        block_size: inputs with one scale; must divide every layer's. 64 costs 0.25 bits a weight.
+        block_size: inputs with one scale; must divide every layer's. 32 costs half a bit a weight, 64 a quarter.
         embeddings: whether to quantise embeddings too, which also are the head of a model with tied ones.
 
     Raises:
