@@ -98,7 +98,7 @@ effect: .venv/installed build/effect/packages build/smollm2/config.json
 
 build/effect/packages: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target $@ \
-		num2words==0.5.14 docopt==0.6.2 lemminflect==0.2.3 babel==2.18.0 pycountry==26.2.16 chatterbot-corpus==1.3.3
+		num2words==0.5.14 lemminflect==0.2.3 babel==2.18.0 pycountry==26.2.16 chatterbot-corpus==1.3.3
 
 build/smollm2/config.json: | .venv/installed
 	$(BIN)/python tools/smollm2.py build/smollm2

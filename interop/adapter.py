@@ -47,6 +47,11 @@ class Adapter:
         """The sorted paths of the modules that the adapter changes."""
         return sorted({module for module, role in self.tensors if role == "lora_B"})
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the experts; routers may have another."""
+        return next(t.dtype for (_, role), t in self.tensors.items() if role == "lora_A")
+
 
 def config_sizes(config: MoeLoraConfig) -> Sizes:
     """The sizes that only a config knows, as `interop.rules` asks for them."""

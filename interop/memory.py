@@ -37,7 +37,7 @@ def explained(doing: str, next_steps: Sequence[str]) -> Iterator[None]:
     """Errors about memory leave this as an `OutOfMemoryError` that names what was done; others as they are."""
     try:
         yield
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
         raise explanation(error, doing, next_steps) from error

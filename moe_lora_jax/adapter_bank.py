@@ -61,7 +61,7 @@ class AdapterBank:
         self._linears = linear_layers(model, spec or ModelSpec())
         found = [self._read(name, source) for name, source in adapters.items()]
         self._configs = [adapter.config for adapter in found]
-        self._dtypes = [_dtype(adapter) for adapter in found]
+        self._dtypes = [adapter.dtype for adapter in found]
         self._layers: dict[str, MultiAdapterLinear] = {}
         rows = Shared.empty()
         for module in sorted({m for adapter in found for m in adapter.modules}):
@@ -187,10 +187,6 @@ def select_adapters(model: Any, ids: jax.Array) -> None:
     model.moe_lora_rows.set_value(ids)
 
 
-def _dtype(adapter: Adapter) -> np.dtype:
-    return next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
-
-
 def _encoded(adapter: Adapter, module: str | None = None) -> dict[str, np.ndarray]:
     """Tensors as the layout jax_tree stores them, of one module or of all."""
     tensors = {slot: t for slot, t in adapter.tensors.items() if module in (None, slot[0])}
@@ -212,6 +208,6 @@ def _variable(owner: Any, path: tuple[Any, ...]) -> Any:
 def _differences(adapter: Adapter, config: Any, dtype: np.dtype) -> list[str]:
     ours, theirs = config.semantic_dict(), adapter.config.semantic_dict()
     problems = [f"{n}: found {theirs[n]!r}, expected {ours[n]!r}" for n in ours if theirs[n] != ours[n]]
-    if _dtype(adapter) != dtype:
-        problems.append(f"dtype: found {_dtype(adapter)}, expected {dtype}")
+    if adapter.dtype != dtype:
+        problems.append(f"dtype: found {adapter.dtype}, expected {dtype}")
     return problems

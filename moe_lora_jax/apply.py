@@ -125,12 +125,8 @@ def apply_to_modules(
 
 def remove_moe_lora(model: nnx.Module) -> nnx.Module:
     """Takes the adapter, or a bank's, off again, in place: the base layers return unchanged. Returns the model."""
-    for kind in (
-        MultiAdapterLinear,
-        MoeLoraFeedForward,
-        SlotLinear,
-        MoeLoraLinear,
-    ):  # blocks first: their layers' paths go through them
+    kinds = (MultiAdapterLinear, MoeLoraFeedForward, SlotLinear, MoeLoraLinear)
+    for kind in kinds:  # blocks first: their layers' paths go through them
         for path, wrapper in [(p, m) for p, m in modules(model) if isinstance(m, kind)]:
             replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:

@@ -81,8 +81,7 @@ def load_adapter(
         )
     spec = spec or ModelSpec()
     check_fits(linear_layers(model, spec), adapter)
-    dtype = next(t.dtype for (_, role), t in adapter.tensors.items() if role == "lora_A")
-    apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=dtype, spec=spec)
+    apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=adapter.dtype, spec=spec)
     stored, problems = encode(JAX_TREE.rules, adapter.tensors, config_sizes(config))
     names = adapted_names(model)
     state = [(path, _name(path, names), v) for path, v in nnx.to_flat_state(nnx.state(model, MoeLoraParam))]

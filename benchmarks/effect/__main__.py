@@ -20,7 +20,7 @@ from benchmarks.effect.data import Data, build
 from benchmarks.effect.general import general_texts, windows
 from benchmarks.effect.methods import METHODS
 from benchmarks.effect.plan import next_run
-from benchmarks.effect.run import General, run, scored
+from benchmarks.effect.run import General, provenance, run, scored
 from benchmarks.effect.session import Session, Settings
 from benchmarks.effect.tasks import TASKS
 from interop.config import MoeLoraConfig
@@ -34,11 +34,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def check(rows: list[dict[str, Any]], settings: Settings, data: str) -> None:
+def check(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
     """Raises SystemExit if the rows were made with other data or another budget."""
-    wanted = {**settings._asdict(), "data": data}
     for number, row in enumerate(rows, start=1):
-        other = [f"{k} {row[k]}, expected {v}" for k, v in wanted.items() if row[k] != v]
+        other = [f"{k} {row.get(k)}, expected {v}" for k, v in wanted.items() if row.get(k) != v]
         if other:
             raise SystemExit(f"row {number} is not comparable: {'; '.join(other)}. Give another file with --rows.")
 
@@ -65,14 +64,14 @@ def complete(
 ) -> bool:
     """Appends the rows that are missing; False if the time was over before."""
     rows = read_rows(file)
-    check(rows, settings, data.digest)
+    fixed = {**settings._asdict(), **provenance(data, general)}
+    check(rows, fixed)
     model = load_base_model(base, dtype="float32")
     name, session = "", None
     while time.monotonic() < end:
         if not any(row["method"] == "base" for row in rows):
             untrained = Session(model, methods[next(iter(methods))], settings)  # B = 0: the base model itself
-            row = {"method": "base", "learning_rate": 0.0, "seed": 0, **settings._asdict(), "data": data.digest}
-            row |= scored(untrained, data, general)[0]
+            row = {"method": "base", "learning_rate": 0.0, "seed": 0, **fixed, **scored(untrained, data, general)[0]}
             untrained.close()
         else:
             chosen = next_run(rows, methods)

@@ -27,13 +27,18 @@ class Data:
 
     @property
     def digest(self) -> str:
-        """Changes with every token of every example: rows of other data are not comparable."""
-        total = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            for task, examples in split.items():
-                for e in examples:
-                    total.update(repr((task, e.ids.tolist(), e.counted.tolist())).encode())
-        return total.hexdigest()[:12]
+        """See `digest`."""
+        return digest(self.train, self.validation, self.test)
+
+
+def digest(*splits: Mapping[str, Sequence[Example]]) -> str:
+    """A checksum that changes with every token of every example."""
+    total = hashlib.sha256()
+    for split in splits:
+        for task, examples in split.items():
+            for e in examples:
+                total.update(repr((task, e.ids.tolist(), e.counted.tolist())).encode())
+    return total.hexdigest()[:12]
 
 
 def build(tasks: Mapping[str, Iterable[Item]], encode: Callable[[str], Sequence[int]], end: int) -> Data:

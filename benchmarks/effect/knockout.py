@@ -60,8 +60,3 @@ def own_and_others(matrix: np.ndarray, *, draws: int = 20000, seed: int = 0) -> 
     random = np.random.default_rng(seed)
     means = [np.mean(matrix[np.arange(n), random.permutation(n)]) for _ in range(draws)]
     return own, others, float((1 + sum(m >= own - 1e-12 for m in means)) / (draws + 1))
-
-
-def shares_by_task(gates: Mapping[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-    """{router: [task, expert]} from the sums of gates, normalised."""
-    return {router: np.stack([g / g.sum() for g in by_task]) for router, by_task in gates.items()}

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.effect.data import LENGTH, Data
+from benchmarks.effect.bootstrap import mean
+from benchmarks.effect.data import LENGTH, Data, digest
 from benchmarks.effect.general import WINDOW
-from benchmarks.effect.knockout import knockout_matrix, own_and_others, shares_by_task, without
+from benchmarks.effect.knockout import knockout_matrix, own_and_others, without
 from benchmarks.effect.plan import SEEDS, Run
 from benchmarks.effect.score import Scores
-from benchmarks.effect.session import Session, mean_loss
+from benchmarks.effect.session import Session
 from moe_lora_jax.router_statistics import topic_information
 from moe_lora_jax.train.data import Example
+from moe_lora_jax.train.health import module_health
 
 General = Mapping[str, list[Example]]
 
@@ -30,12 +32,17 @@ def run(session: Session, data: Data, general: General, chosen: Run) -> dict[str
         **session.settings._asdict(),
         "train_loss": round(float(np.mean(losses[-10:])), 4),
         **scores,
-        "data": data.digest,
+        **provenance(data, general),
     }
     if session.config.num_experts > 1:
         # the second seed is trained with the chosen learning rate only
         row |= routing(session, data, test, with_knockout=chosen.seed == SEEDS[1])
     return row | {"train_seconds": round(trained), "seconds": round(time.perf_counter() - start)}
+
+
+def provenance(data: Data, general: General) -> dict[str, str]:
+    """Checksums of all tokens: rows that differ in them are not comparable."""
+    return {"data": data.digest, "general": digest(general)}
 
 
 def scored(session: Session, data: Data, general: General) -> tuple[dict[str, Any], dict[str, Scores]]:
@@ -44,11 +51,11 @@ def scored(session: Session, data: Data, general: General) -> tuple[dict[str, An
     The field `test` holds every example's loss, so that intervals can be computed without running again.
     """
     state = session.state
-    validation = [session.score(state, examples, LENGTH) for examples in data.validation.values()]
+    validation = {task: session.score(state, examples, LENGTH) for task, examples in data.validation.items()}
     test = {task: session.score(state, examples, LENGTH) for task, examples in data.test.items()}
     fields = {
-        "validation_loss": round(mean_loss([s.loss for s in validation]), 5),
-        "validation_accuracy": round(float(np.mean([s.correct.mean() for s in validation])), 4),
+        "validation_loss": round(mean({task: s.loss for task, s in validation.items()}), 5),
+        "validation_accuracy": round(mean({task: s.correct for task, s in validation.items()}), 4),
         "test": {
             task: {"loss": s.loss.round(3).tolist(), "correct": "".join("01"[int(c)] for c in s.correct)}
             for task, s in test.items()
@@ -64,9 +71,10 @@ def scored(session: Session, data: Data, general: General) -> tuple[dict[str, An
 def routing(session: Session, data: Data, test: dict[str, Scores], *, with_knockout: bool) -> dict[str, Any]:
     """What the routers learned, on the answers of the test examples."""
     tasks = list(test)
-    shares = shares_by_task({r: [np.asarray(test[t].router[r].gates) for t in tasks] for r in test[tasks[0]].router})
+    health = {task: module_health(scores.router) for task, scores in test.items()}
+    shares = {router: np.stack([health[task][router].shares for task in tasks]) for router in health[tasks[0]]}
     row: dict[str, Any] = {
-        "entropy": round(float(np.mean([_entropy(s) for s in test.values()])), 4),
+        "entropy": round(float(np.mean([h.entropy for of_task in health.values() for h in of_task.values()])), 4),
         "task_information": round(float(np.mean([topic_information(share) for share in shares.values()])), 4),
         "largest_share": round(float(np.mean([share.mean(axis=0).max() for share in shares.values()])), 4),
     }
@@ -81,8 +89,3 @@ def routing(session: Session, data: Data, test: dict[str, Scores], *, with_knock
         row["knockout"] = {"matrix": matrix.round(4).tolist(), "own": own, "others": others, "p": p}
         row["shares"] = {router: share.round(3).tolist() for router, share in shares.items()}
     return row
-
-
-def _entropy(scores: Scores) -> float:
-    """Mean over routers of a token's gate entropy, divided by log E."""
-    return float(np.mean([s.entropy / s.tokens / np.log(len(s.gates)) for s in scores.router.values()]))

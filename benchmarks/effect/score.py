@@ -11,6 +11,7 @@ from flax import nnx
 from moe_lora_jax.train.batches import collate
 from moe_lora_jax.train.data import Example
 from moe_lora_jax.train.health import RouterSums, router_sums
+from moe_lora_jax.train.losses import next_token_loss
 from moe_lora_jax.train.step import Batch
 
 ROWS = 16  # of one forward pass
@@ -38,10 +39,10 @@ def make_scorer(graphdef: nnx.GraphDef) -> Scorer:
     def forward(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, RouterSums]]:
         model: Any = nnx.merge(graphdef, state, copy=True)
         logits, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
-        logits, targets, counted = logits[:, :-1], batch.input_ids[:, 1:], batch.loss_mask[:, 1:]
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        loss = jnp.sum(nll * counted, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1)
-        correct = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~counted, axis=1)
+        rows = (field[:, None] for field in (logits, batch.input_ids, batch.loss_mask))  # each a batch of one
+        loss = jax.vmap(next_token_loss)(*rows).mean
+        targets, counted = batch.input_ids[:, 1:], batch.loss_mask[:, 1:]
+        correct = jnp.all((jnp.argmax(logits[:, :-1], axis=-1) == targets) | ~counted, axis=1)
         # the router's decision at a token serves the prediction of the next one
         decides = jnp.pad(counted, ((0, 0), (0, 1)))
         return loss, correct, router_sums(router, decides)

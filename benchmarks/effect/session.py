@@ -1,6 +1,6 @@
 """One method on the base model: trained with any learning rate and seed, compiled once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,8 @@ def optimizer(learning_rate: float, settings: Settings) -> optax.GradientTransfo
 def batches(train: Split, settings: Settings, seed: int) -> Iterator[Batch]:
     """Every task is as likely as any other; its examples come in a random order, again and again."""
     random = np.random.default_rng(seed)
-    tasks, queues = list(train), {task: [] for task in train}  # type: dict[str, list[int]]
+    tasks = list(train)
+    queues: dict[str, list[int]] = {task: [] for task in tasks}
     for _ in range(settings.steps):
         chosen: list[Example] = []
         for task in random.choice(tasks, settings.batch):
@@ -56,6 +57,7 @@ class Session:
     Args:
         base: the model; the adapter is applied to it in place.
         config: the method.
+        settings: the budget.
     """
 
     def __init__(self, base: mlj.CausalLM, config: MoeLoraConfig, settings: Settings):
@@ -94,8 +96,3 @@ class Session:
     def close(self) -> None:
         """Takes the adapter off."""
         mlj.remove_moe_lora(self.model)
-
-
-def mean_loss(losses: Sequence[np.ndarray]) -> float:
-    """Tasks count alike, whatever their size."""
-    return float(np.mean([np.mean(of_task) for of_task in losses]))

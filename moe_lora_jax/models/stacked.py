@@ -7,7 +7,7 @@ A model keeps a list of layers. A scan over it joins their variables; XLA takes 
 array itself. So a program whose arguments are stacked holds no second copy, and its size does not grow with the layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,20 +28,24 @@ def stack_layers(tree: Any) -> Any:
 
     Only variables that all layers have, in one shape and dtype, are stacked. The inverse is `unstack_layers`.
     """
-    return jax.tree.map(lambda x: _stacked(x) if isinstance(x, nnx.State) else x, tree, is_leaf=_is_state)
+    return _on_states(_stacked, tree)
 
 
 def unstack_layers(tree: Any) -> Any:
     """The inverse of `stack_layers`; a tree without stacked layers stays as it is."""
-    return jax.tree.map(lambda x: _unstacked(x) if isinstance(x, nnx.State) else x, tree, is_leaf=_is_state)
+    return _on_states(_unstacked, tree)
 
 
-def _is_state(x: Any) -> bool:
-    return isinstance(x, nnx.State)
+def _on_states(function: Callable[[nnx.State], nnx.State], tree: Any) -> Any:
+    def is_state(x: Any) -> bool:
+        return isinstance(x, nnx.State)
+
+    return jax.tree.map(lambda x: function(x) if is_state(x) else x, tree, is_leaf=is_state)
 
 
 def _stacked(state: nnx.State) -> nnx.State:
-    others, layers = [], {}  # type: ignore[var-annotated]
+    others: list[tuple[tuple[Any, ...], Any]] = []
+    layers: dict[tuple[Any, ...], dict[Any, Any]] = {}
     for path, variable in nnx.to_flat_state(state):
         if path[: len(LAYERS)] == LAYERS:
             layers.setdefault(path[len(LAYERS) + 1 :], {})[path[len(LAYERS)]] = variable

@@ -175,11 +175,10 @@ def train(
         }
     )
     if not result.is_finished:
-        if json:
-            return _code(result.stopped_by)
-        print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
-        print(f"  {_resume_command()}")
-        return _code(result.stopped_by)
+        if not json:
+            print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
+            print(f"  {_resume_command()}")
+        return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
     if result.losses:
         first, last = min(result.losses), max(result.losses)
         shell.say(f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})")
@@ -200,10 +199,6 @@ DEFAULTS = {f: getattr(MoeLoraConfig, f) for f in ADAPTER_FLAGS} | {"top_k": "al
 train.__doc__ = (train.__doc__ or "").format_map(
     {f: f"{value} if nothing says otherwise" for f, value in DEFAULTS.items()}
 )
-
-
-def _code(stopped_by: signal.Signals | None) -> int:
-    return 0 if stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
 
 
 def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
