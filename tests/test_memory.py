@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
 import interop
@@ -79,7 +80,6 @@ def test_convert(tmp_path):
 
 
 def too_much_of_torch():
-    torch = pytest.importorskip("torch")
     return torch.empty(2**46, dtype=torch.uint8)
 
 
@@ -97,7 +97,6 @@ def test_every_framework_is_recognised(too_much):
 
 
 def test_the_error_of_torch_on_a_gpu_and_other_errors():
-    torch = pytest.importorskip("torch")
     assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError(28, "No space left on device")):
         assert not is_out_of_memory(error)
