@@ -101,7 +101,8 @@ build/effect/packages: | .venv/installed
 		num2words==0.5.14 lemminflect==0.2.3 babel==2.18.0 pycountry==26.2.16 chatterbot-corpus==1.3.3
 
 build/smollm2/config.json: | .venv/installed
-	$(BIN)/python tools/smollm2.py build/smollm2
+	$(BIN)/pip install --quiet --no-deps --target build/gguf gguf==0.19.0
+	PYTHONPATH=build/gguf $(BIN)/python tools/smollm2.py build/smollm2
 
 clean:
 	rm -rf .venv quickstart_output notebooks/output build dist *.egg-info

@@ -40,6 +40,10 @@ class WeightFiles(ExitStack):
         """One tensor, in the stored dtype."""
         return self._handles[key].get_tensor(key)
 
+    def read_part(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A tensor's part, one slice per axis; the rest of it is not read."""
+        return self._handles[key].get_slice(key)[index]
+
     def _open(self) -> None:
         index = self._index()
         problems: list[str] = []

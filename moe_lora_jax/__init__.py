@@ -16,6 +16,7 @@ from moe_lora_jax.model_spec import ModelSpec
 from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.quantized import quantize_base
 from moe_lora_jax.router import Router, RouterOutput
+from moe_lora_jax.sharding import make_mesh
 from moe_lora_jax.summary import summary
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_base_model",
+    "make_mesh",
     "plot_router",
     "quantize_base",
     "remove_moe_lora",

@@ -18,6 +18,7 @@ from moe_lora_jax.linear_maps import LinearMap, linear_map
 from moe_lora_jax.model_router import ModelRouter
 from moe_lora_jax.model_spec import ModelSpec, module_name
 from moe_lora_jax.multi_adapter import MultiAdapterLinear
+from moe_lora_jax.sharding import place_adapter
 from moe_lora_jax.shared import Shared
 
 WRAPPERS = (MoeLoraLinear, SlotLinear, MoeLoraFeedForward, MultiAdapterLinear)
@@ -52,7 +53,8 @@ def apply_moe_lora(
         param_dtype: storage dtype of A and B.
         spec: names and layer classes of a model that `load_base_model` did not make.
 
-    The config with its targets resolved is kept as `model.moe_lora_config`; `save_pretrained` writes it.
+    Where the base model's variables are on a mesh of devices, the adapter's are too (`sharding.place_adapter`). The
+    config with its targets resolved is kept as `model.moe_lora_config`; `save_pretrained` writes it.
 
     Raises:
         ConfigError: target_modules match nothing, or the config does not fit the matched modules.
@@ -120,6 +122,7 @@ def apply_to_modules(
     model.moe_lora_config = config  # type: ignore[attr-defined]
     if names:
         model.moe_lora_names = names  # type: ignore[attr-defined]
+    place_adapter(model)
     return model
 
 

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import interop
@@ -17,6 +15,8 @@ from interop.rules import decode, encode
 from moe_lora_jax.apply import LinearLayer, adapted_names, apply_to_modules, has_adapter, linear_layers
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.model_spec import ModelSpec
+from moe_lora_jax.processes import once, whole
+from moe_lora_jax.sharding import put_like
 
 
 def to_adapter(model: Any) -> Adapter:
@@ -31,7 +31,7 @@ def to_adapter(model: Any) -> Adapter:
         raise CheckpointError(
             "the model has an AdapterBank: save its adapters by name, with the bank's save_pretrained"
         )
-    stored = {path: np.asarray(jax.device_get(leaf)) for path, leaf in _leaves(model).items()}
+    stored = {path: whole(leaf) for path, leaf in _leaves(model).items()}
     config = model.moe_lora_config
     tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
     if problems:
@@ -42,10 +42,13 @@ def to_adapter(model: Any) -> Adapter:
 def save_pretrained(model: nnx.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the model's adapter to `directory` in the native layout, which PEFT reads with `interop.peft_tuner`.
 
+    With several processes all of them must call this; the first one writes.
+
     Raises:
         CheckpointError: the model has no adapter, or the directory cannot be written.
     """
-    interop.write(to_adapter(model), directory)
+    adapter = to_adapter(model)
+    once(lambda: interop.write(adapter, directory))
 
 
 def load_adapter(
@@ -86,7 +89,7 @@ def load_adapter(
     names = adapted_names(model)
     state = [(path, _name(path, names), v) for path, v in nnx.to_flat_state(nnx.state(model, MoeLoraParam))]
     assert not problems and stored.keys() == {name for _, name, _ in state}, "checked against the config before"
-    filled = {path: variable.replace(jnp.asarray(stored[name])) for path, name, variable in state}
+    filled = {path: variable.replace(put_like(stored[name], variable[...])) for path, name, variable in state}
     nnx.update(model, nnx.from_flat_state(filled))
     return model
 

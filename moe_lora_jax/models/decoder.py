@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_lora_jax.models.activations import ACTIVATIONS
 from moe_lora_jax.models.attention import Attention, LayerCache
@@ -14,6 +15,7 @@ from moe_lora_jax.models.masks import real_positions, visible
 from moe_lora_jax.models.norm import RMSNorm
 from moe_lora_jax.models.repeat import run_layers
 from moe_lora_jax.models.rope import rotary_tables
+from moe_lora_jax.sharding import row_parts, row_sharding
 
 
 class FeedForward(nnx.Module):
@@ -70,12 +72,16 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`model`: embeddings, layers, final norm. `scan_layers` and `remat` say how the layers run (see `run_layers`)."""
+    """`model`: embeddings, layers, final norm.
+
+    `scan_layers` and `remat` say how the layers run (see `run_layers`), `mesh` on which devices.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scan_layers: bool = False
         self.remat: bool | str = False
+        self.mesh: Mesh | None = None
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config)
@@ -109,9 +115,10 @@ class Decoder(nnx.Module):
             for window in dict.fromkeys(config.layer_windows)
         }
 
-        x = self.embed_tokens(input_ids.reshape(-1))
+        x = self._embedded(input_ids.reshape(-1))
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, like transformers
+        x = self._in_place(x, batch)
         pairs = list(zip(config.layer_ropes, config.layer_windows, strict=True))
         kinds = list(dict.fromkeys(pairs))
         contexts = [(rotary[rope], masks[window]) for rope, window in kinds]
@@ -119,7 +126,7 @@ class Decoder(nnx.Module):
             x = run_layers(
                 self.layers,
                 x,
-                lambda layer, x, context: layer(x, batch, *context, None)[0],
+                lambda layer, x, context: self._in_place(layer(x, batch, *context, None)[0], batch),
                 contexts,
                 [kinds.index(pair) for pair in pairs],
                 scan=self.scan_layers,
@@ -130,9 +137,25 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             own = None if cache is None else LayerCache(cache.keys[index], cache.values[index], query_slots[0])
             x, own = layer(x, batch, *contexts[kinds.index(pairs[index])], own)
+            x = self._in_place(x, batch)
             if own is not None:
                 keys.append(own.keys)
                 values.append(own.values)
         if cache is not None:
             cache = replace(cache, keys=tuple(keys), values=tuple(values))
         return self.norm(x).reshape(batch, length, -1), cache
+
+    def _embedded(self, ids: jax.Array) -> jax.Array:
+        """[tokens] -> [tokens, hidden]. "fsdp" is gathered from the table first; XLA would gather what it looked up."""
+        if self.mesh is None:
+            return self.embed_tokens(ids)
+        table, parts = self.embed_tokens.embedding[...], self.mesh.shape.get("tensor", 1)
+        vocabulary = "tensor" if parts > 1 and table.shape[0] % parts == 0 else None
+        table = jax.lax.with_sharding_constraint(table, NamedSharding(self.mesh, PartitionSpec(vocabulary)))
+        return jnp.take(table, ids, axis=0)
+
+    def _in_place(self, x: jax.Array, batch: int) -> jax.Array:
+        """Keeps rows where they are: XLA could as well move activations instead of gathering a layer's weights."""
+        if self.mesh is None or batch % row_parts(self.mesh):
+            return x
+        return jax.lax.with_sharding_constraint(x, row_sharding(self.mesh))

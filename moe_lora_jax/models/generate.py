@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.sampling import Sampling, choose
+from moe_lora_jax.sharding import mesh_of, put_rest, replicated
 
 # Room for ending ids, so that another number of them does not compile another program.
 _EOS_SLOTS = 8
@@ -31,6 +33,8 @@ def generate(
     task_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Continue each prompt: int32 [batch, seq + max_new_tokens], prompts included.
+
+    On a mesh of several processes all of them call this with the same arguments and get the same tokens.
 
     The first call with given shapes compiles; temperature, top_p, ending ids, weights and prompts can then change
     freely. The model runs in evaluation mode (no dropout) and is not changed. Decoding stops once every row has ended.
@@ -65,21 +69,20 @@ def generate(
     greedy = temperature == 0
     sampling = Sampling(greedy=greedy, top_k=None if greedy else top_k, nucleus=not greedy and top_p is not None)
     graphdef, state = nnx.split(model)
-    settings = (jnp.float32(temperature), jnp.float32(1.0 if top_p is None else top_p))
-    new = _generate(
-        state,
+    inputs: Any = (
         ids,
         mask,
         jnp.asarray([*eos, *[-1] * (_EOS_SLOTS - len(eos))], jnp.int32),
         jnp.int32(pad),
-        settings,
+        (jnp.float32(temperature), jnp.float32(1.0 if top_p is None else top_p)),
         jax.random.key(0) if key is None else key,  # greedy choice ignores it
         {} if task_ids is None else {"task_ids": jnp.asarray(task_ids)},
-        graphdef=graphdef,
-        steps=max_new_tokens,
-        sampling=sampling,
     )
-    return jnp.concatenate([ids, new], axis=1)
+    mesh = mesh_of(state)
+    if mesh is not None:
+        inputs = put_rest(inputs, mesh)
+    new = _generate(state, *inputs, graphdef=graphdef, steps=max_new_tokens, sampling=sampling, mesh=mesh)
+    return jnp.concatenate([inputs[0], new], axis=1)
 
 
 class _Decoding(NamedTuple):
@@ -92,7 +95,7 @@ class _Decoding(NamedTuple):
     cache: KVCache
 
 
-@partial(jax.jit, static_argnames=("graphdef", "steps", "sampling"))
+@partial(jax.jit, static_argnames=("graphdef", "steps", "sampling", "mesh"))
 def _generate(
     state: nnx.State,
     ids: jax.Array,
@@ -106,6 +109,7 @@ def _generate(
     graphdef: nnx.GraphDef,
     steps: int,
     sampling: Sampling,
+    mesh: Mesh | None,
 ) -> jax.Array:
     """New tokens, int32 [batch, steps]. The weights are an argument, so that other weights reuse the program."""
     batch, length = ids.shape
@@ -147,7 +151,8 @@ def _generate(
         ended=jnp.isin(first, eos),
         cache=cache,
     )
-    return jax.lax.while_loop(unfinished, decode, start).tokens
+    tokens = jax.lax.while_loop(unfinished, decode, start).tokens
+    return tokens if mesh is None else jax.lax.with_sharding_constraint(tokens, replicated(mesh))
 
 
 def _check(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from interop.errors import CheckpointError
 from interop.files import read_json
@@ -17,6 +18,7 @@ from interop.weight_files import WeightFiles
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DTYPES, DecoderConfig
 from moe_lora_jax.models.repeat import check_remat
+from moe_lora_jax.sharding import RULES, Rules, automatic, read_sharded, shardings
 
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -25,12 +27,21 @@ _INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def load_base_model(
-    directory: str | os.PathLike[str], *, dtype: Any = None, scan_layers: bool = False, remat: bool | str = False
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    scan_layers: bool = False,
+    remat: bool | str = False,
+    mesh: Mesh | None = None,
+    rules: Rules = RULES,
 ) -> CausalLM:
     """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
 
     Tensors are read one at a time from memory-mapped files, so the peak is the model plus one tensor. No random
     weights are made. Ids that end a text or pad come from generation_config.json where it states them.
+
+    On a mesh, every process reads from the files what its devices hold, and nothing else; `apply_moe_lora`,
+    `load_adapter`, `train` and `generate` then work there (`moe_lora_jax.sharding`).
 
     Args:
         directory: what `save_pretrained` of transformers wrote, for a supported architecture.
@@ -40,11 +51,14 @@ def load_base_model(
             same.
         remat: recompute each layer in the backward pass: True, or a name of `models.repeat.POLICIES`. Saves memory on
             the CPU only together with `scan_layers`. Neither switch changes values, names or files.
+        mesh: devices to spread the weights over, with some of the axes "data", "fsdp", "tensor" and "expert".
+        rules: which axis of which weight goes where.
 
     Raises:
         CheckpointError: not a model directory, unreadable files, or tensors that are missing, unexpected, of the
             wrong shape or of an unsupported dtype; all of them in one error.
-        ConfigError: the architecture or fields of config.json are not supported, by name.
+        ConfigError: the architecture or fields of config.json are not supported, by name; or the mesh does not divide
+            weights, by name.
         ValueError: an unsupported `dtype` or `remat`.
     """
     check_remat(remat)
@@ -68,10 +82,22 @@ def load_base_model(
         parameters = nnx.to_flat_state(state)
         names = {path: _stored_name(path) for path, _ in parameters}
         _check(files, {names[path]: _stored_shape(path, variable) for path, variable in parameters}, config)
-        filled = [(path, variable.replace(_read(files, path, config.dtype))) for path, variable in parameters]
+        where: dict[str, NamedSharding] = {}
+        if mesh is not None:
+            mesh = automatic(mesh)
+            where = shardings({_dotted(path): variable.shape for path, variable in parameters}, mesh, rules)
+        filled = [
+            (path, variable.replace(_read(files, path, variable.shape, config.dtype, where.get(_dotted(path)))))
+            for path, variable in parameters
+        ]
     model = nnx.merge(graphdef, nnx.from_flat_state(filled))
     model.model.scan_layers, model.model.remat = scan_layers, remat
+    model.model.mesh = mesh
     return model
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 def _stored_name(path: tuple[Any, ...]) -> str:
@@ -85,12 +111,21 @@ def _stored_shape(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[int, .
     return variable.shape[::-1] if path[-1] == "kernel" else variable.shape
 
 
-def _read(files: WeightFiles, path: tuple[Any, ...], dtype: str) -> jax.Array:
-    stored = files.read(_stored_name(path))
-    oriented = stored.T if path[-1] == "kernel" else stored
+def _read(
+    files: WeightFiles, path: tuple[Any, ...], shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None
+) -> jax.Array:
+    name, is_kernel = _stored_name(path), path[-1] == "kernel"
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        stored = files.read_part(name, index[::-1] if is_kernel else index)
+        return np.array(stored.T if is_kernel else stored, dtype, order="C")
+
+    if sharding is not None:
+        return read_sharded(shape, sharding, part)
+    stored = files.read(name)
     # A copy, always: whether safetensors returns memory of its own or of the mapped file is its business, and the
     # model must not follow a file that is overwritten. JAX transposes while copying, faster than numpy does.
-    return jnp.array(oriented.astype(dtype, copy=False), copy=True)
+    return jnp.array((stored.T if is_kernel else stored).astype(dtype, copy=False), copy=True)
 
 
 def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:

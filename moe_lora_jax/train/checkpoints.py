@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from flax import nnx
 from xxhash import xxh3_128
 
 from interop.memory import is_out_of_memory
+from moe_lora_jax.processes import once, whole
+from moe_lora_jax.sharding import mesh_of, replicated
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.step import TrainState
 
@@ -38,7 +41,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        handlers = {"arrays": ocp.StandardCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), item_handlers=handlers, options=options)
 
     def close(self) -> None:
         self._manager.close()
@@ -58,18 +62,18 @@ class Checkpoints:
         self._manager.save(snapshot.step, args=parts)
 
     def restore(self, like: Snapshot) -> Snapshot:
-        """The newest snapshot that is not damaged, in the structure of `like`.
+        """The newest snapshot that is not damaged, in the structure of `like` and where its arrays are.
 
         Newer ones that are damaged are moved to folders `damaged-STEP-*` beside the checkpoints, with a warning.
 
         Raises:
             TrainingError: there is none, all are damaged, or it holds other arrays (each is listed).
         """
-        directory = Path(self._manager.directory)
+        directory, wanted = Path(self._manager.directory), _flatten(like)
         damage: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                arrays, position = self._read(step)
+                arrays, position = self._read(step, wanted)
                 break
             except Exception as error:  # orbax raises Exception itself, and for some flipped bits AttributeError
                 if is_out_of_memory(error):  # that is no damage
@@ -79,7 +83,6 @@ class Checkpoints:
             if not damage:
                 raise TrainingError("nothing to resume", [f"{directory}: no checkpoint"])
             raise TrainingError("damaged checkpoint", list(damage.values()))
-        wanted = _flatten(like)
         problems = [f"{name}: missing" for name in wanted if name not in arrays]
         problems += [f"{name}: unexpected" for name in arrays if name not in wanted]
         problems += [
@@ -90,15 +93,23 @@ class Checkpoints:
         if problems:
             raise TrainingError("the checkpoint is of another run", problems)
         for bad, reason in damage.items():
-            aside = tempfile.mkdtemp(prefix=f"damaged-{bad}-", dir=directory.parent)
-            os.rename(directory / str(bad), aside)
+            aside = once(partial(_set_aside, directory / str(bad)))
             logger.warning("damaged checkpoint, resuming from step %d before it: %s; moved to %s", step, reason, aside)
         if damage:
             self._manager.reload()
         return _unflatten(like, arrays)._replace(step=step, position=position)
 
-    def _read(self, step: int) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        parts = ocp.args.Composite(arrays=ocp.args.StandardRestore(), position=ocp.args.JsonRestore())
+    def _read(self, step: int, like: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The arrays, each where the one of its name in `like` is: the run may have been on another mesh before."""
+        mesh = mesh_of(like)
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else replicated(mesh)
+        target = {
+            name: jax.ShapeDtypeStruct(
+                found.shape, found.dtype, sharding=_fitting(like.get(name), found.shape) or default
+            )
+            for name, found in self._manager.item_metadata(step)["arrays"].items()
+        }
+        parts = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), position=ocp.args.JsonRestore())
         stored = self._manager.restore(step, args=parts)
         arrays, position = stored["arrays"], stored["position"]
         expected, found = position["digest"], _digest(step, arrays, position["data"])
@@ -107,12 +118,22 @@ class Checkpoints:
         return arrays, position["data"]
 
 
+def _fitting(array: jax.Array | None, shape: tuple[int, ...]) -> Any:
+    return None if array is None or array.shape != shape else array.sharding
+
+
+def _set_aside(checkpoint: Path) -> str:
+    aside = tempfile.mkdtemp(prefix=f"damaged-{checkpoint.name}-", dir=checkpoint.parent.parent)
+    os.rename(checkpoint, aside)
+    return aside
+
+
 def _digest(step: int, arrays: dict[str, jax.Array], position: dict[str, Any]) -> str:
     """xxh3-128 over everything in a checkpoint: orbax does not notice every flipped bit."""
     described = [[name, str(array.dtype), list(array.shape)] for name, array in sorted(arrays.items())]
     state = xxh3_128(json.dumps([step, position, described], sort_keys=True).encode())
     for _, array in sorted(arrays.items()):
-        state.update(np.ascontiguousarray(jax.device_get(array)).reshape(-1).view(np.uint8).data)
+        state.update(np.ascontiguousarray(whole(array)).reshape(-1).view(np.uint8).data)
     return f"xxh3-128:{state.hexdigest()}"
 
 

@@ -22,6 +22,8 @@ from moe_lora_jax.checkpoint import save_pretrained
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.filters import PARTS
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
+from moe_lora_jax.processes import any_of
+from moe_lora_jax.sharding import mesh_of, put_rows, row_parts
 from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData
@@ -117,7 +119,7 @@ def train(
         stack.enter_context(explained(*_memory(settings, data)))
         bar = stack.enter_context(progress("compiling the step", console))
         loop.start(run, checkpoints)
-        while loop.step < loop.total_steps and not stop.is_set():
+        while loop.step < loop.total_steps and not any_of(stop.is_set()):
             loop.advance(bar)
         loop.save()
         merge_back(model, loop.state, loop.frozen)
@@ -151,8 +153,16 @@ class _Loop:
         if not jax.tree.leaves(self.state.trainable):
             problem = f"train_only = {settings.train_only!r} selects nothing: every module has one expert, so no router"
             raise TrainingError("nothing to train", [problem])
-        self.train_step = make_train_step(graphdef, optimizer, self.config)
-        self.eval_step = make_eval_step(nnx.graphdef(model))
+        self.mesh = mesh_of(self.state.trainable)
+        if self.mesh is None and jax.process_count() > 1:
+            problem = f"found {jax.process_count()} processes and a model on one device"
+            raise TrainingError("no mesh", [f"{problem}, expected load_base_model(..., mesh=mlj.make_mesh(...))"])
+        if self.mesh is not None and settings.batch_size % row_parts(self.mesh):
+            axes = " x ".join(f"{name} {self.mesh.shape[name]}" for name in self.mesh.axis_names)
+            problem = f"batch_size: found {settings.batch_size}, expected a multiple of {row_parts(self.mesh)}"
+            raise TrainingError("the mesh does not fit", [f"{problem} on the mesh {axes}: rows go over data and fsdp"])
+        self.train_step = make_train_step(graphdef, optimizer, self.config, self.state)
+        self.eval_step = make_eval_step(nnx.graphdef(model), self.state)
         self.batches = TrainBatches(
             data.examples,
             batch_size=settings.batch_size,
@@ -189,7 +199,8 @@ class _Loop:
     def advance(self, show: Any) -> None:
         """One optimizer step, and what is due after it."""
         host = next(self.batches)
-        self.state, metrics = self.train_step(self.state, self.frozen, host.batch)
+        batch = put_rows(host.batch, self.mesh, axis=1)  # the first axis are micro-batches
+        self.state, metrics = self.train_step(self.state, self.frozen, batch)
         metrics = jax.device_get(metrics)
         self._check_finite(metrics, host)
         self.step += 1
@@ -209,7 +220,8 @@ class _Loop:
         assert self.eval_data is not None
         nll, counted = 0.0, 0.0
         for host in eval_batches(self.eval_data.examples, batch_size=self.settings.batch_size, pad_id=self.pad_id):
-            sums = jax.device_get(self.eval_step(self.state.trainable, self.state.rng, self.frozen, host.batch))
+            batch = put_rows(host.batch, self.mesh)
+            sums = jax.device_get(self.eval_step(self.state.trainable, self.state.rng, self.frozen, batch))
             nll, counted = nll + float(sums.nll), counted + float(sums.counted_tokens)
         self.eval_losses[self.step] = nll / counted
         self.run.log({"step": self.step, "eval_loss": self.eval_losses[self.step], "eval_tokens": int(counted)})

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import jax
-import numpy as np
 from flax import nnx
 
 from interop.atomic import replace_file
+from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
 
@@ -28,6 +28,8 @@ FOLDER, METRICS = "training", "metrics.jsonl"
 
 class RunDirectory:
     """An output directory, locked for one run: use as a context manager.
+
+    With several processes, all of them use it and the first one does the work; its errors are raised in all.
 
     Args:
         output_dir: created if missing.
@@ -58,6 +60,10 @@ class RunDirectory:
         self._events: Events | None = None
 
     def __enter__(self) -> Self:
+        once(self._open)
+        return self
+
+    def _open(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("a+")
@@ -69,7 +75,6 @@ class RunDirectory:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         for file in (self._events, self._metrics, self._lock):
@@ -78,6 +83,9 @@ class RunDirectory:
 
     def open_metrics(self, step: int) -> list[dict[str, Any]]:
         """Opens metrics.jsonl for a run that stands after `step`: later lines are removed, the others returned."""
+        return once(lambda: self._open_metrics(step))
+
+    def _open_metrics(self, step: int) -> list[dict[str, Any]]:
         path = self.folder / METRICS
         kept = [record for record in read_metrics(self.output_dir) if record["step"] <= step]
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -88,6 +96,8 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl, at once."""
+        if not is_first():
+            return
         assert self._metrics is not None, "open_metrics comes first"
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
@@ -140,7 +150,7 @@ def base_fingerprint(base: nnx.State) -> str:
     for leaf in leaves:
         if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             start = leaf[(0,) * (leaf.ndim - 1)][:16] if leaf.ndim else leaf
-            total = zlib.crc32(np.asarray(start).tobytes(), total)
+            total = zlib.crc32(whole(start).tobytes(), total)
     return f"{sum(leaf.size for leaf in leaves)} parameters, crc32 {total:08x}"
 
 

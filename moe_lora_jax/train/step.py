@@ -11,6 +11,7 @@ from flax import nnx
 from interop.config import MoeLoraConfig
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
+from moe_lora_jax.sharding import mesh_of, put_rest, replicated
 from moe_lora_jax.train.health import RouterSums, router_sums
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 
@@ -76,14 +77,17 @@ def split_model(
     weights are shared. `merge_back` writes the result into the model.
 
     The states of a model that scans its layers are stacked (`models.stacked`), the base weights too: a second copy of
-    the layers, for as long as the states live.
+    the layers, for as long as the states live. On a mesh, the optimizer's state lies where what it belongs to lies.
     """
     graphdef, *states = nnx.split(model, trainable, nnx.RngState, MoeLoraParam, ...)
     selected, rng, adapter, base = states
     selected, rng = jax.tree.map(jnp.copy, (selected, rng))
     if is_scanned(model):
         selected, rng, adapter, base = stack_layers((selected, rng, adapter, base))
-    return graphdef, TrainState(selected, optimizer.init(selected), rng), FrozenState(adapter, base)
+    opt_state, mesh = optimizer.init(selected), mesh_of(selected)
+    if mesh is not None:
+        opt_state = put_rest(opt_state, mesh)
+    return graphdef, TrainState(selected, opt_state, rng), FrozenState(adapter, base)
 
 
 def merge_back(model: nnx.Module, state: TrainState, frozen: FrozenState) -> None:
@@ -92,7 +96,10 @@ def merge_back(model: nnx.Module, state: TrainState, frozen: FrozenState) -> Non
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: MoeLoraConfig | None
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: MoeLoraConfig | None,
+    like: TrainState | None = None,
 ) -> Callable[[TrainState, FrozenState, Batch], tuple[TrainState, StepMetrics]]:
     """The jitted step: mean gradient over all micro-batches, then one optimizer update.
 
@@ -105,7 +112,9 @@ def make_train_step(
         graphdef: of a model in train mode.
         optimizer: the one that made the state.
         config: the model's adapter config, or None for a model without adapter.
+        like: on a mesh, the state; new ones lie where it does.
     """
+    mesh = mesh_of(like)
 
     def micro_loss(
         trainable: nnx.State, rng: nnx.State, frozen: FrozenState, micro: Batch, totals: tuple[jax.Array, jax.Array]
@@ -145,15 +154,20 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(trainable, opt_state, rng), metrics._replace(grad_norm=optax.tree.norm(grads))
 
-    return jax.jit(step, donate_argnums=0)
+    outputs = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=outputs)
 
 
-def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, FrozenState, Batch], EvalSums]:
+def make_eval_step(
+    graphdef: nnx.GraphDef, like: TrainState | None = None
+) -> Callable[[nnx.State, nnx.State, FrozenState, Batch], EvalSums]:
     """The jitted evaluation of one [batch, seq] batch: (trainable, rng, frozen, batch) -> sums. Nothing is donated.
 
     Args:
         graphdef: of the same model in eval mode.
+        like: on a mesh, the state.
     """
+    mesh = mesh_of(like)
 
     def evaluate(trainable: nnx.State, rng: nnx.State, frozen: FrozenState, batch: Batch) -> EvalSums:
         model = nnx.merge(graphdef, *unstack_layers((trainable, rng, frozen.adapter, frozen.base)))
@@ -161,7 +175,7 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, nnx.State, Fr
         lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
         return EvalSums(lm.mean * lm.counted_tokens, lm.counted_tokens, router_sums(router, batch.attention_mask))
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def _losses(logits: jax.Array, router: Any, batch: Batch, config: MoeLoraConfig | None) -> tuple[Any, Any, Any]:

@@ -52,6 +52,10 @@ def train(
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
     scan_layers: bool = False,
     remat: bool = False,
+    mesh: tuple[str, ...] = (),
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     seed: int = TrainSettings.seed,
     tensorboard: bool = TrainSettings.tensorboard,
     resume: bool = TrainSettings.resume,
@@ -102,6 +106,11 @@ def train(
         dtype: of the base model.
         scan_layers: compile the layers as one loop: a smaller program, and what remat needs to save memory on a CPU.
         remat: compute each layer's activations again in the backward pass instead of keeping them.
+        mesh: spread the run over all devices, e.g. data=2 fsdp=4; the axes are data, fsdp, tensor and expert. With
+            several processes, data alone if nothing is given.
+        coordinator: run as one of several processes, all with this HOST:PORT of the first; auto asks the cluster.
+        num_processes: how many they are.
+        process_id: which one this is, from 0.
         seed: of the initial adapter, dropout and data order.
         tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
         resume: continue the run in output_dir.
@@ -120,6 +129,7 @@ def train(
         problems.append("eval_fraction and eval_file: found both, expected at most one")
     if max_length < 2:
         problems.append(f"max_length: found {max_length}, expected an integer >= 2")
+    axes = _axes(mesh, problems)
     if problems:
         raise ConfigError("invalid arguments", problems)
     fields = _adapter_fields(values)
@@ -127,19 +137,28 @@ def train(
 
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("importing JAX"):
+        import jax
         from flax import nnx
 
         from moe_lora_jax.apply import apply_moe_lora
         from moe_lora_jax.checkpoint import load_adapter
         from moe_lora_jax.models import load_base_model
+        from moe_lora_jax.processes import connect, is_first
+        from moe_lora_jax.sharding import make_mesh
         from moe_lora_jax.train.data import read_data, split_data
         from moe_lora_jax.train.loop import train as run
         from moe_lora_jax.train.tokenizer import load_tokenizer
 
+        connect(coordinator, num_processes, process_id)
+        if not axes and jax.process_count() > 1:
+            axes = {"data": jax.device_count()}
+        devices = make_mesh(axes) if axes else None
+    if not is_first():
+        shell = Shell(quiet=True)
     with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(model)
         wanted = None if dtype == "stored" else dtype
-        base = load_base_model(model, dtype=wanted, scan_layers=scan_layers, remat=remat)
+        base = load_base_model(model, dtype=wanted, scan_layers=scan_layers, remat=remat, mesh=devices)
         vocabulary = base.config.vocab_size
         train_data = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary)
         eval_data = None
@@ -158,7 +177,7 @@ def train(
         start = interop.read(init_adapter, init_dialect)
         start = dataclasses.replace(start, config=dataclasses.replace(start.config, **fields))
         load_adapter(base, start, rngs=nnx.Rngs(seed))
-    if not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
+    if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
     pad_id = tokenizer.pad_token_id or 0
     result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
@@ -175,7 +194,7 @@ def train(
         }
     )
     if not result.is_finished:
-        if not json:
+        if not json and is_first():
             print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
             print(f"  {_resume_command()}")
         return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
@@ -190,7 +209,7 @@ def train(
 
 
 CONFIG_NAME = "train.yaml"
-NOT_REPEATED = ("config", "resume", "json", "quiet")
+NOT_REPEATED = ("config", "resume", "json", "quiet", "coordinator", "num_processes", "process_id")
 # The flags that describe the adapter; those that matter in training only may change what an initial adapter brings.
 TRAINING_FLAGS = ("lora_dropout", "router_aux_loss_coef", "router_z_loss_coef")
 ADAPTER_FLAGS = ("r", "lora_alpha", "num_experts", "top_k", "target_modules", *TRAINING_FLAGS)
@@ -223,6 +242,18 @@ def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
     fixed = {"base_model_name_or_path": str(values["model"]), "task_type": "CAUSAL_LM"}
     defaults = {"format_version": MoeLoraConfig.format_version, "target_modules": DEFAULTS["target_modules"]}
     return {**defaults, **fixed, **from_file, **given}
+
+
+def _axes(mesh: tuple[str, ...], problems: list[str]) -> dict[str, int]:
+    """{axis: size} of `name=size` words; what is wrong with them goes to `problems`."""
+    axes: dict[str, int] = {}
+    for word in mesh:
+        name, _, size = word.partition("=")
+        if not size.isdigit() or name in axes:
+            problems.append(f"mesh: found {word!r}, expected name=size, each name once")
+        else:
+            axes[name] = int(size)
+    return axes
 
 
 def _resume_command() -> str:

@@ -1,0 +1,177 @@
+"""Where a model's variables lie on a mesh of devices. How to compute with them there is XLA's business (GSPMD).
+
+The axes of a mesh have names that say what is spread over them: "data" the rows of a batch, "fsdp" the rows and every
+weight, "tensor" the weights' heads and hidden units, "expert" the experts. A mesh has those of them that it wants.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from interop.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "expert")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+"""Pairs (pattern of a variable's dotted path, where its axes go). The first that fits counts; without one, every device
+holds the whole variable. Axes that the mesh lacks are left out."""
+
+RULES: Rules = (
+    (r"model\.embed_tokens\.embedding", PartitionSpec("tensor", "fsdp")),
+    (r"lm_head\.kernel", PartitionSpec("fsdp", "tensor")),
+    (r".*\.(q|k|v|gate|up)_proj\.kernel", PartitionSpec("fsdp", "tensor")),
+    (r".*\.(q|k|v|gate|up)_proj\.bias", PartitionSpec("tensor")),
+    (r".*\.(o|down)_proj\.kernel", PartitionSpec("tensor", "fsdp")),
+)
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of all devices of all processes, e.g. {"data": 2, "fsdp": 4}.
+
+    Raises:
+        ConfigError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    problems = [f"axis: found {name!r}, expected some of {', '.join(AXES)}" for name in sizes if name not in AXES]
+    product, devices = math.prod(sizes.values()), jax.device_count()
+    if product != devices or min(sizes.values(), default=1) < 1:
+        problems.append(f"sizes: found {dict(sizes)}, expected numbers whose product is that of devices, {devices}")
+    if problems:
+        raise ConfigError("no such mesh", problems)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same mesh, with axes over which XLA decides how to compute (`jax.make_mesh` makes "explicit" ones)."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def shardings(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
+    """{dotted path: its sharding} for variables of these shapes.
+
+    Raises:
+        ConfigError: axes that do not divide into as many parts as the mesh wants; all of them.
+    """
+    found, problems = {}, []
+    for path, shape in shapes.items():
+        spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), PartitionSpec())
+        if len(spec) > len(shape):
+            problems.append(f"{path}: shape {shape} has fewer axes than its rule {spec}")
+            continue
+        names = [_on(mesh, entry) for entry in spec]
+        for size, entry in zip(shape, names, strict=False):
+            parts = math.prod(mesh.shape[name] for name in entry)
+            if size % parts:
+                problems.append(f"{path}: shape {shape}, {size} is no multiple of {' x '.join(entry)} = {parts}")
+        found[path] = NamedSharding(mesh, PartitionSpec(*(entry or None for entry in names)))
+    if problems:
+        raise ConfigError("the mesh does not fit the model; other rules may leave an axis whole", problems)
+    return found
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh on which a tree's arrays (or a model's variables) lie; None if they are on one device."""
+    leaves = jax.tree.leaves(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
+    found = (getattr(leaf, "sharding", None) for leaf in leaves)
+    return next((s.mesh for s in found if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+
+
+def row_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows of a batch over "data" and "fsdp"; `axis` is theirs."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, _on(mesh, BATCH_AXES) or None))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch go."""
+    return math.prod(mesh.shape[name] for name in _on(mesh, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, on the mesh: each device gets its part."""
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = put(jax.random.key_data(value), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def put_like(value: np.ndarray, array: jax.Array) -> jax.Array:
+    """An array that every process has whole, where `array` is."""
+    sharding = array.sharding
+    return put(value, sharding) if isinstance(sharding, NamedSharding) else jax.numpy.asarray(value)
+
+
+def put_rest(tree: Any, mesh: Mesh) -> Any:
+    """The tree with what is not on the mesh yet whole on every device."""
+    whole = replicated(mesh)
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else put(leaf, whole), tree)
+
+
+def put_rows(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
+    """Batches of numpy arrays with their rows spread over the mesh; as they are without one."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda rows: put(rows, row_sharding(mesh, axis)), tree)
+
+
+def place_adapter(model: nnx.Module) -> None:
+    """Puts an adapter, and every other variable that is not there yet, on the mesh of the base model's variables.
+
+    A [expert, rank, in] and B [expert, rank, out] are spread as `in` and `out` of the base layer's kernel [in, out]
+    are, and over "expert" where the mesh has it and it divides their number; the rest is whole on every device.
+    """
+    mesh = mesh_of(model)
+    if mesh is None:
+        return
+    flat = nnx.to_flat_state(nnx.state(model))
+    specs = {path: variable[...].sharding.spec for path, variable in flat if _is_placed(variable)}
+    placed = [(path, v if _is_placed(v) else v.replace(put(v[...], _beside(path, v, specs, mesh)))) for path, v in flat]
+    nnx.update(model, nnx.from_flat_state(placed))
+
+
+def _beside(path: tuple[Any, ...], variable: Any, specs: Mapping[Any, PartitionSpec], mesh: Mesh) -> NamedSharding:
+    kernel_axis = {"lora_a": 0, "lora_b": 1}.get(path[-1])
+    spec = next((specs[p] for n in (1, 2) if (p := (*path[:-1], *["base_layer"] * n, "kernel")) in specs), None)
+    if kernel_axis is None or variable.ndim != 3 or spec is None:
+        return replicated(mesh)
+    parts = mesh.shape.get("expert", 1)
+    experts = "expert" if parts > 1 and variable.shape[0] % parts == 0 else None
+    features = spec[kernel_axis] if kernel_axis < len(spec) else None
+    return NamedSharding(mesh, PartitionSpec(experts, None, features))
+
+
+def _is_placed(variable: Any) -> bool:
+    return isinstance(variable[...].sharding, NamedSharding)
+
+
+def _on(mesh: Mesh, entry: Any) -> tuple[str, ...]:
+    """The names of a spec's entry that the mesh has."""
+    names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    return tuple(name for name in names if name in mesh.axis_names)
+
+
+Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def read_sharded(shape: tuple[int, ...], sharding: NamedSharding, read: Read) -> jax.Array:
+    """An array whose devices get what `read` returns for their part; no part is read twice."""
+    parts: dict[Any, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)

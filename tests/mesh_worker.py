@@ -1,0 +1,95 @@
+"""A script, run by tests/test_mesh.py with 8 forced devices: `python tests/mesh_worker.py DIRECTORY` prints JSON."""
+
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from mesh_base import adapted, write_base
+from tiny_training import token_data
+
+import moe_lora_jax as mlj
+from moe_lora_jax.filters import PARTS
+from moe_lora_jax.sharding import mesh_of, put_rows
+from moe_lora_jax.train import Batch, make_train_step, merge_back, split_model
+from moe_lora_jax.train.batches import collate
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 2, "data": 4},
+    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+    "expert": {"expert": 4, "data": 2},
+}
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+FIELDS = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "lora_dropout": 0.1}
+
+
+def batch() -> Batch:
+    rows, _ = collate(token_data(16).examples, 16, (24,), 0)
+    return Batch(*(x.reshape(2, 8, -1) for x in rows))
+
+
+def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:
+    """Ten steps: their losses, the trained adapter, what the layers then answer, and the program's collectives."""
+    model = adapted(base, mesh, **FIELDS, **fields)
+    optimizer = optax.sgd(0.5)
+    model.train()
+    graphdef, state, frozen = split_model(model, PARTS["all"], optimizer)
+    step = make_train_step(graphdef, optimizer, model.moe_lora_config, state)
+    rows = put_rows(batch(), mesh_of(model), axis=1)
+    before = jax.tree.map(lambda leaf: leaf.sharding, state)
+    program = step.lower(state, frozen, rows).compile().as_text()
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, frozen, rows)
+        losses.append(float(metrics.loss))
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
+    print(mesh, "cache", step._cache_size(), file=sys.stderr)
+    merge_back(model, state, frozen)
+    model.eval()
+    tensors = {f"{m}.{kind}": array.tolist() for (m, kind), array in mlj.to_adapter(model).tensors.items()}
+    prompts = np.arange(12).reshape(2, 6) % 60
+    return {
+        "losses": losses,
+        "adapter": tensors,
+        "generated": np.asarray(mlj.generate(model, prompts, max_new_tokens=5)).tolist(),
+        "loss after": mlj.train.evaluate(model, token_data(8), batch_size=8),
+        "collectives": Counter(" ".join(found[::-1]) for found in COLLECTIVE.findall(program)),
+        "per device": max(sum(s.data.nbytes for s in leaf.addressable_shards[:1]) for leaf in [biggest(model)]),
+        "whole": biggest(model).nbytes,
+        "spread": {path: str(leaf.sharding.spec) for path, leaf in spread(model).items()},
+    }
+
+
+def biggest(model: nnx.Module) -> jax.Array:
+    return max(jax.tree.leaves(nnx.state(model)), key=lambda leaf: leaf.size)
+
+
+def spread(model: nnx.Module) -> dict:
+    """The variables of the first layer's q_proj, and the embeddings."""
+    flat = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(model))}
+    wanted = ("layers.0.self_attn.q_proj", "embed_tokens", "layers.0.self_attn.o_proj")
+    named = {path: leaf for path, leaf in flat.items() if any(w in path for w in wanted)}
+    return {path: leaf for path, leaf in named.items() if isinstance(leaf.sharding, jax.sharding.NamedSharding)}
+
+
+def main(directory: Path) -> None:
+    base = write_base(directory / "base")
+    answer = {"one": trained(base, None)}
+    for name, sizes in MESHES.items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
+        answer[name] = trained(base, sizes)
+    answer["one, scan"] = trained(base, None, scan=True)
+    answer["mixed, scan"] = trained(base, MESHES["mixed"], scan=True)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
