@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust fuzz zero3 tunix compat package audit clean
+.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust scale fuzz zero3 tunix compat package audit clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
@@ -29,6 +29,10 @@ lint: .venv/installed
 trust: .venv/installed
 	$(BIN)/python -m pytest --full \
 		tests/test_trust_*.py tests/test_golden.py tests/test_interrupt.py tests/test_train_loop.py tests/test_verbs_train.py
+
+# meshes of 8 forced devices, and 2 and 4 processes, against one device; the largest differences at the end
+scale: .venv/installed
+	$(BIN)/python -m pytest --full tests/test_mesh.py tests/test_processes.py
 
 # atheris looks for bytes that reach new code in the readers; it is installed beside the project
 fuzz: .venv/installed

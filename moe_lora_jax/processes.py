@@ -66,11 +66,11 @@ def once(action: Callable[[], Any]) -> Any:
     return told["value"]
 
 
-def any_of(flag: bool) -> bool:
-    """Whether it is set in any process; all of them must ask."""
+def largest(number: int) -> int:
+    """The largest that any process has; all of them must ask."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int64(number))))
 
 
 def whole(array: Any) -> np.ndarray:

@@ -50,15 +50,27 @@ def tally(record_property):
     return count
 
 
+@pytest.fixture
+def measured(record_property):
+    """measured("losses on meshes", 1e-6): the summary has the largest value under each name."""
+    return lambda name, value: record_property("measured", (name, float(value)))
+
+
 def pytest_terminal_summary(terminalreporter):
-    points = defaultdict(lambda: [0, 0])
+    points, largest = defaultdict(lambda: [0, 0]), defaultdict(float)
     for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
         for name, value in report.user_properties if getattr(report, "when", "") == "call" else ():
             if name == "tally":
                 point, tried, lost = value
                 points[point][0] += tried
                 points[point][1] += lost
+            elif name == "measured":
+                largest[value[0]] = max(largest[value[0]], value[1])
     if points:
         terminalreporter.section("tried, survived, lost")
         for point, (tried, lost) in sorted(points.items()):
             terminalreporter.write_line(f"{point}: {tried} tried, {tried - lost} survived, {lost} lost")
+    if largest:
+        terminalreporter.section("largest measured")
+        for name, value in sorted(largest.items()):
+            terminalreporter.write_line(f"{name}: {value:.3g}")

@@ -1,4 +1,4 @@
-"""A script, run by tests/test_mesh.py with 8 forced devices: `python tests/mesh_worker.py DIRECTORY` prints JSON."""
+"""A script, run by tests/test_mesh.py with 8 forced devices: `mesh_worker.py DIRECTORY MESH ...` prints JSON."""
 
 import json
 import re
@@ -50,7 +50,6 @@ def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:
         state, metrics = step(state, frozen, rows)
         losses.append(float(metrics.loss))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
-    print(mesh, "cache", step._cache_size(), file=sys.stderr)
     merge_back(model, state, frozen)
     model.eval()
     tensors = {f"{m}.{kind}": array.tolist() for (m, kind), array in mlj.to_adapter(model).tensors.items()}
@@ -61,35 +60,24 @@ def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:
         "generated": np.asarray(mlj.generate(model, prompts, max_new_tokens=5)).tolist(),
         "loss after": mlj.train.evaluate(model, token_data(8), batch_size=8),
         "collectives": Counter(" ".join(found[::-1]) for found in COLLECTIVE.findall(program)),
-        "per device": max(sum(s.data.nbytes for s in leaf.addressable_shards[:1]) for leaf in [biggest(model)]),
-        "whole": biggest(model).nbytes,
-        "spread": {path: str(leaf.sharding.spec) for path, leaf in spread(model).items()},
+        "parts": {path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in spread(model).items()},
     }
 
 
-def biggest(model: nnx.Module) -> jax.Array:
-    return max(jax.tree.leaves(nnx.state(model)), key=lambda leaf: leaf.size)
-
-
-def spread(model: nnx.Module) -> dict:
-    """The variables of the first layer's q_proj, and the embeddings."""
+def spread(model: nnx.Module) -> dict[str, jax.Array]:
+    """The embeddings, and the variables of two layers."""
     flat = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(model))}
-    wanted = ("layers.0.self_attn.q_proj", "embed_tokens", "layers.0.self_attn.o_proj")
-    named = {path: leaf for path, leaf in flat.items() if any(w in path for w in wanted)}
-    return {path: leaf for path, leaf in named.items() if isinstance(leaf.sharding, jax.sharding.NamedSharding)}
+    wanted = ("embedding", "layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj")
+    return {path: leaf for path, leaf in flat.items() if any(w in path for w in wanted) and "rngs" not in path}
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, meshes: list[str]) -> None:
     base = write_base(directory / "base")
     answer = {"one": trained(base, None)}
-    for name, sizes in MESHES.items():
-        if len(sys.argv) > 2 and name not in sys.argv[2:]:
-            continue
-        answer[name] = trained(base, sizes)
-    answer["one, scan"] = trained(base, None, scan=True)
-    answer["mixed, scan"] = trained(base, MESHES["mixed"], scan=True)
+    for name in meshes:
+        answer[name] = trained(base, MESHES[name.removesuffix(", scan")], scan=name.endswith("scan"))
     print(json.dumps(answer))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

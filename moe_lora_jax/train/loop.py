@@ -22,7 +22,7 @@ from moe_lora_jax.checkpoint import save_pretrained
 from moe_lora_jax.experts import MoeLoraParam
 from moe_lora_jax.filters import PARTS
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
-from moe_lora_jax.processes import any_of
+from moe_lora_jax.processes import largest
 from moe_lora_jax.sharding import mesh_of, put_rows, row_parts
 from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
@@ -119,11 +119,19 @@ def train(
         stack.enter_context(explained(*_memory(settings, data)))
         bar = stack.enter_context(progress("compiling the step", console))
         loop.start(run, checkpoints)
-        while loop.step < loop.total_steps and not any_of(stop.is_set()):
+        stopped = 0
+        while loop.step < loop.total_steps and not (stopped := largest(stop.number or 0)):
             loop.advance(bar)
         loop.save()
         merge_back(model, loop.state, loop.frozen)
-        result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses, stop.number)
+        result = TrainResult(
+            Path(output_dir),
+            loop.step,
+            loop.total_steps,
+            loop.losses,
+            loop.eval_losses,
+            signal.Signals(stopped) if stopped else None,
+        )
         if result.is_finished:
             save_pretrained(model, output_dir)
         return result

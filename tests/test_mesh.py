@@ -1,0 +1,130 @@
+"""A mesh of 8 devices against one: same losses, same adapter, same text; and what the devices tell each other."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from mesh_base import adapted, write_base
+
+import moe_lora_jax as mlj
+from interop.errors import ConfigError
+from moe_lora_jax.processes import connect
+from moe_lora_jax.sharding import RULES, mesh_of, shardings
+from moe_lora_jax.train import TrainSettings
+from moe_lora_jax.verbs.train import train
+
+WORKER = Path(__file__).parent / "mesh_worker.py"
+MESHES = ("mixed", "data", "fsdp", "tensor", "expert", "mixed, scan")
+TOKENS = {"192", "8,24"}  # of a micro-batch, flat and not
+GATHERED = {  # base weights, as wide as a device that has its share of "tensor" needs them
+    "fsdp": {"32,32", "32,16", "32,48", "48,32", "64,32", "32,64"},
+    "mixed": {"32,16", "16,32", "32,8", "8,32", "32,24", "24,32", "32,32"},
+}
+PARTS = {"data": (1, 1), "fsdp": (8, 8), "tensor": (2, 2), "mixed": (4, 4), "expert": (1, 1), "mixed, scan": (4, 4)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, request) -> dict:
+    """{mesh: what the worker reports}; a short run has the first two meshes, and a full one all."""
+    chosen = MESHES if request.config.getoption("--full") else MESHES[:2]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    command = [sys.executable, WORKER, tmp_path_factory.mktemp("mesh"), *chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Involuntary full rematerialization" not in done.stderr
+    return json.loads(done.stdout)
+
+
+def test_ten_steps_are_those_of_one_device(found, measured):
+    one = found["one"]
+    assert one["losses"][0] - min(one["losses"]) > 1
+    for name, mesh in found.items():
+        losses = np.abs(np.subtract(mesh["losses"], one["losses"])).max()
+        assert mesh["adapter"].keys() == one["adapter"].keys()
+        weights = max(np.abs(np.subtract(mesh["adapter"][n], one["adapter"][n])).max() for n in one["adapter"])
+        measured(f"losses on the mesh {name}", losses)
+        measured(f"adapter on the mesh {name}", weights)
+        assert losses < 1e-5 and weights < 1e-4, (name, losses, weights)
+        assert mesh["loss after"] == pytest.approx(one["loss after"], abs=2e-5)
+        assert mesh["generated"] == one["generated"]
+
+
+def test_weights_and_experts_are_spread_by_the_rules(found):
+    for name, mesh in found.items():
+        if name == "one":
+            continue
+        parts, (embedding, kernel) = mesh["parts"], PARTS[name]
+        assert parts["model.embed_tokens.embedding"] == embedding
+        assert parts["model.layers.0.self_attn.q_proj.base_layer.kernel"] == kernel
+        a, b = (parts[f"model.layers.0.self_attn.q_proj.lora_{x}"] for x in "ab")
+        assert a * b == (16 if name == "expert" else kernel), (name, a, b)
+        assert parts["model.layers.0.self_attn.q_proj.router.kernel"] == 1
+
+
+def test_only_what_fsdp_spreads_is_gathered(found):
+    """A device sees the base weights that it holds, and "fsdp"'s when they are due; and never others' tokens."""
+    for name, mesh in found.items():
+        gathered = set()
+        for collective in mesh["collectives"]:
+            kind, _, result = collective.partition(" ")
+            if kind == "all-gather":
+                gathered |= {part.split("]")[0] for part in result.split("[")[1:]}
+        assert not gathered & TOKENS, (name, gathered)
+        base = {"32,32", "32,16", "32,48", "48,32", "64,32", "32,64"}
+        allowed = GATHERED.get(name.removesuffix(", scan"), set())
+        assert not (gathered & base) - allowed, (name, gathered)
+        if name == "fsdp":
+            assert allowed - {"32,64", "48,32"} <= gathered
+        if name == "data":
+            assert not gathered
+        assert name == "one" or any("all-reduce" in c for c in mesh["collectives"])
+
+
+def test_a_mesh_that_does_not_fit_is_refused_in_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"found {'data': 3}, expected numbers whose product is that of devices, 1"):
+        mlj.make_mesh({"data": 3})
+    with pytest.raises(ConfigError, match=r"found 'batch', expected some of data, fsdp, tensor, expert"):
+        mlj.make_mesh({"batch": 1})
+    devices = np.array(jax.devices() * 6)  # never used as devices
+    mesh = jax.sharding.Mesh(devices[:1], ("fsdp",), axis_types=(AxisType.Auto,))
+    rules = ((r"a\.kernel", PartitionSpec(None, "tensor")), (r"a\.bias", PartitionSpec("fsdp", "tensor")), *RULES)
+    with pytest.raises(ConfigError, match=r"a.bias: shape \(3,\) has fewer axes than its rule"):
+        shardings({"a.kernel": (2, 3), "a.bias": (3,)}, mesh, rules)
+
+
+def test_axes_that_do_not_divide_are_all_named(found):
+    """On a mesh of shapes alone: no device is asked."""
+    mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    shapes = {"model.embed_tokens.embedding": (63, 33), "x.q_proj.kernel": (32, 16), "x.q_proj.bias": (6,)}
+    with pytest.raises(ConfigError) as error:
+        shardings(shapes, mesh, RULES)
+    assert [p.split(" ")[0] for p in error.value.problems] == ["model.embed_tokens.embedding:"] * 2 + ["x.q_proj.bias:"]
+    assert "63 is no multiple of tensor = 4" in str(error.value)
+    fine = shardings({"x.q_proj.kernel": (32, 16), "x.norm.weight": (5,)}, mesh, RULES)
+    assert [sharding.spec for sharding in fine.values()] == [PartitionSpec("fsdp", "tensor"), PartitionSpec()]
+
+
+def test_a_mesh_of_one_device_is_a_mesh(tmp_path):
+    model = adapted(write_base(tmp_path / "base"), {"data": 1})
+    assert mesh_of(model).axis_names == ("data",)
+    assert mlj.generate(model, np.ones((1, 3), int), max_new_tokens=2).shape == (1, 5)
+    assert mesh_of(adapted(tmp_path / "base", None)) is None
+
+
+def test_wrong_flags_are_refused_in_words(tmp_path):
+    with pytest.raises(ConfigError, match=r"mesh: found 'data', expected name=size, each name once"):
+        train(tmp_path, tmp_path, tmp_path / "out", mesh=("data", "fsdp=1"), steps=TrainSettings.steps)
+    for given in ({"num_processes": 2}, {"coordinator": "x:1"}, {"coordinator": "auto", "process_id": 0}):
+        with pytest.raises(ConfigError, match="expected none of them, coordinator auto, or coordinator, num_processes"):
+            connect(**{"coordinator": None, "num_processes": None, "process_id": None, **given})
