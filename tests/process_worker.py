@@ -8,6 +8,7 @@ memory   loads a larger base model
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -59,20 +60,28 @@ def refused(directory: Path) -> list[str]:
 
 
 def memory(directory: Path) -> dict:
-    """What loading adds to the memory that is this process's own (without the mapped file), in bytes."""
+    """What loading adds, at its peak, to the memory that is this process's own (without the mapped file), in bytes."""
 
     def anonymous() -> int:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["RssAnon"].split()[0]) * 1024
 
+    def watch() -> None:
+        while not loaded.wait(0.001):
+            seen.append(anonymous())
+
     model = mlj.load_base_model(directory / "base", mesh=mlj.make_mesh({"data": jax.device_count()}))  # warms up
     del model
-    start = anonymous()
+    start, seen, loaded = anonymous(), [0], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     model = mlj.load_base_model(directory / "large", mesh=mlj.make_mesh({"fsdp": jax.device_count()}))
     jax.block_until_ready(nnx.state(model))
+    loaded.set()
+    watcher.join()
     leaves = jax.tree.leaves(nnx.state(model))
     return {
-        "grown": anonymous() - start,
+        "grown": max(seen) - start,
         "model": sum(leaf.nbytes for leaf in leaves),
         "here": sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),
     }

@@ -16,7 +16,7 @@ import interop
 from interop import cli, verbs
 from interop.errors import OutOfMemoryError
 from interop.memory import explained, is_out_of_memory
-from moe_lora_jax.train.checkpoints import Checkpoints
+from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from tests.adapters import make_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +116,6 @@ def test_a_verb_that_says_nothing_of_its_own(monkeypatch, capfd):
 def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=1)
     monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: [3])
-    monkeypatch.setattr(checkpoints, "_read", lambda step: np.empty(2**62, np.uint8))
+    monkeypatch.setattr(checkpoints, "_read", lambda step, like: np.empty(2**62, np.uint8))
     with pytest.raises(MemoryError):
-        checkpoints.restore(None)
+        checkpoints.restore(Snapshot(3, {}, {}, {}))

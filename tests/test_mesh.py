@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -72,12 +73,14 @@ def test_weights_and_experts_are_spread_by_the_rules(found):
         assert parts["model.layers.0.self_attn.q_proj.router.kernel"] == 1
 
 
-def test_only_what_fsdp_spreads_is_gathered(found):
+def test_only_what_fsdp_spreads_is_gathered(found, measured):
     """A device sees the base weights that it holds, and "fsdp"'s when they are due; and never others' tokens."""
+    counts: Counter[str] = Counter()
     for name, mesh in found.items():
         gathered = set()
-        for collective in mesh["collectives"]:
+        for collective, count in mesh["collectives"].items():
             kind, _, result = collective.partition(" ")
+            counts[f"{kind} in the program of the mesh {name}"] += count
             if kind == "all-gather":
                 gathered |= {part.split("]")[0] for part in result.split("[")[1:]}
         assert not gathered & TOKENS, (name, gathered)
@@ -89,6 +92,8 @@ def test_only_what_fsdp_spreads_is_gathered(found):
         if name == "data":
             assert not gathered
         assert name == "one" or any("all-reduce" in c for c in mesh["collectives"])
+    for kind, count in counts.items():
+        measured(kind, count)
 
 
 def test_a_mesh_that_does_not_fit_is_refused_in_words(tmp_path):

@@ -185,7 +185,7 @@ def test_no_process_holds_the_whole_model(tmp_path, measured):
     write_base(tmp_path / "base")
     write_base(tmp_path / "large", hidden_size=512, intermediate_size=1536, num_hidden_layers=8, vocab_size=8192)
     for answer in answers("memory", tmp_path, devices=1):
-        measured("memory grown by loading, of the model", answer["grown"] / answer["model"])
+        measured("peak of memory when loading on two processes, of the model", answer["grown"] / answer["model"])
         assert answer["here"] <= 0.51 * answer["model"]
         largest = 8192 * 512 * 4
         assert answer["grown"] <= answer["here"] + largest, answer
