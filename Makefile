@@ -27,7 +27,7 @@ lint: .venv/installed
 
 # the long form of the robustness tests: faults, kills, flipped bits, hostile files; what was tried is counted at the end
 trust: .venv/installed
-	$(BIN)/python -m pytest --full \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --full \
 		tests/test_trust_*.py tests/test_golden.py tests/test_interrupt.py tests/test_train_loop.py tests/test_verbs_train.py
 
 # meshes of 8 forced devices, and 2 and 4 processes, against one device; the largest differences at the end
