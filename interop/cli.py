@@ -15,6 +15,20 @@ from interop.suggest import expected
 from interop.verb_file import with_file
 
 GROUP = "moe_lora.verbs"
+# The first lines of our verbs' docstrings (a test compares): to import the verbs for them would take seconds.
+SUMMARIES = {
+    "combine": "Make ordinary LoRA adapters the experts of a mixture.",
+    "convert": "Convert an adapter from one layout to another. `moe-lora dialects` lists them.",
+    "dialects": "List the layouts: where each comes from, what must be given, what it can and cannot express.",
+    "export": "Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.",
+    "generate": "Continue a prompt, with or without an adapter.",
+    "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.",
+    "quickstart": "Train a small mixture, show what its experts do, and load it in PyTorch PEFT.",
+    "report": "Write a page about an adapter: what its experts do, how alike they are, how training went.",
+    "run": "Run a Python script with the PEFT method MOE_LORA registered, although it never imports it.",
+    "train": "Train an adapter and write it where PEFT and moe-lora can read it.",
+    "verify": "Check a checkpoint completely. Exit code 0: sound, 1: not.",
+}
 EXIT_CODES = """exit codes: 0 done
             1 the verb says no: an adapter is not sound, two outputs differ
             2 wrong use or bad input, with the reasons on stderr
@@ -27,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = {point.name: point for point in entry_points(group=GROUP)}
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: moe-lora VERB ...\n\nverbs: {', '.join(sorted(verbs))}\n\n`moe-lora VERB --help` explains one.")
+        lines = [f"  {name:<11} {SUMMARIES.get(name, '')}".rstrip() for name in sorted(verbs)]
+        print("\n".join(["usage: moe-lora VERB ...", "", *lines, "", "`moe-lora VERB --help` explains one."]))
         print(f"\n{EXIT_CODES}")
         return 0 if args else 2
     if args[0] not in verbs:

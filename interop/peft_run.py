@@ -32,7 +32,7 @@ USAGE = (
 
 
 def run(command: tyro.conf.Positional[tuple[str, ...]], *, quiet: Quiet = False) -> int:
-    """Run a Python training script with the PEFT method MOE_LORA registered, although the script never imports it.
+    """Run a Python script with the PEFT method MOE_LORA registered, although it never imports it.
 
     Args:
         command: What follows `--`: python SCRIPT ARGUMENTS, -m MODULE ARGUMENTS, or a program such as trl.

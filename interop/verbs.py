@@ -21,7 +21,7 @@ def inspect(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Describe a checkpoint in any layout: routing rule, sizes, tensors. Reads headers only.
+    """Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.
 
     Args:
         directory: The adapter's directory.
@@ -34,6 +34,11 @@ def inspect(
     shell.give(found.to_dict())
     if json:
         return 0
+    rows = [(printable(name), info) for name, info in sorted(found.tensors.items())]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, info in rows:  # not a table of rich, which takes seconds for thousands of tensors
+        print(f"  {name:<{width}}  {info.dtype:<4}  {list(info.shape)}")
+    print()
     console = Console()
     config = found.config
     for name, value in (
@@ -44,10 +49,6 @@ def inspect(
         ("size", f"{found.parameters:,} parameters, {found.bytes:,} bytes"),
     ):
         console.print(Text.assemble((f"{name:>10}", "bold"), f"  {printable(str(value))}"), highlight=False)
-    rows = [(printable(name), info) for name, info in sorted(found.tensors.items())]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, info in rows:  # not a table of rich, which takes seconds for thousands of tensors
-        print(f"  {name:<{width}}  {info.dtype:<4}  {list(info.shape)}")
     return 0
 
 

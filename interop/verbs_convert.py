@@ -101,7 +101,7 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
 
 
 def dialects(*, json: Json = False, quiet: Quiet = False) -> None:
-    """List the layouts: where each comes from, what must be given to read it, what it can and cannot express."""
+    """List the layouts: where each comes from, what must be given, what it can and cannot express."""
     shell = Shell(quiet=quiet, json=json)
     known = [describe(d) for d in file_dialects()]
     shell.give(known)

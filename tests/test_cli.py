@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,13 @@ def test_help_lists_the_verbs_and_no_verb_is_wrong_use():
     done = shell("--help")
     assert done.returncode == 0 and "inspect" in done.stdout and "verify" in done.stdout
     assert shell().returncode == 2
+
+
+def test_every_verb_is_listed_with_the_first_line_of_its_own_help():
+    ours = {p.name: p.load().__doc__.strip().splitlines()[0] for p in entry_points(group=cli.GROUP)}
+    assert cli.SUMMARIES == ours
+    listed = shell("--help").stdout
+    assert all(re.search(rf"^  {name} +{re.escape(line)}$", listed, re.MULTILINE) for name, line in ours.items())
 
 
 def test_help_of_a_verb_describes_its_arguments():

@@ -52,6 +52,15 @@ def test_the_command_line_trains_and_saves(base, data, tmp_path, capsys):
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 2, 3]
 
 
+def test_a_directory_that_is_taken_is_refused_before_the_model_is_read(data, tmp_path):
+    (tmp_path / "out" / "training").mkdir(parents=True)
+    (tmp_path / "out" / "training" / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(tmp_path / "no model", data, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no run has started there"):
+        train(tmp_path / "no model", data, tmp_path / "other", resume=True)
+
+
 def test_truncation_is_printed(base, data, tmp_path, capsys):
     train(base, data, tmp_path / "out", steps=1, **{**SMALL, "max_length": 70})
     assert "cut at max_length (lines" in capsys.readouterr().out

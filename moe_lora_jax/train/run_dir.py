@@ -23,7 +23,7 @@ from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
 
-FOLDER, METRICS = "training", "metrics.jsonl"
+FOLDER, RUN, METRICS = "training", "run.json", "metrics.jsonl"
 
 
 class RunDirectory:
@@ -118,15 +118,11 @@ class RunDirectory:
         self._lock.flush()
 
     def _check_identity(self) -> None:
-        path = self.folder / "run.json"
+        path = self.folder / RUN
+        check_free(self.output_dir, resume=self.resume)
         if not path.exists():
-            if self.resume:
-                raise TrainingError("nothing to resume", [f"{self.output_dir}: no run has started there"])
             replace_file(path, (json.dumps(self.identity, indent=2) + "\n").encode())
             return
-        if not self.resume:
-            problem = f"{self.output_dir}: already holds a run; resume it (--resume), or choose another output_dir"
-            raise TrainingError("a run would be overwritten", [problem])
         try:
             stored = json.loads(path.read_text("utf-8"))
         except ValueError as error:
@@ -135,6 +131,16 @@ class RunDirectory:
         if problems:
             problems.append("use the settings of the run, or start a new one with init_adapter")
             raise TrainingError("not the same run, so it cannot be continued bit for bit", problems)
+
+
+def check_free(output_dir: Path, *, resume: bool) -> None:
+    """Raises TrainingError if a run would meet another one there, or none to continue; before any model is read."""
+    has_run = (output_dir / FOLDER / RUN).exists()
+    if resume and not has_run:
+        raise TrainingError("nothing to resume", [f"{output_dir}: no run has started there"])
+    if has_run and not resume:
+        problem = f"{output_dir}: already holds a run; resume it (--resume), or choose another output_dir"
+        raise TrainingError("a run would be overwritten", [problem])
 
 
 def read_metrics(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ def generate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prints what the model says after the prompt.
+    """Continue a prompt, with or without an adapter.
 
     Args:
         model: Hugging Face model directory (config.json, safetensors, tokenizer).

@@ -39,7 +39,7 @@ def quickstart(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Trains a small mixture of LoRA experts, shows what its experts do, and loads it in PyTorch PEFT.
+    """Train a small mixture, show what its experts do, and load it in PyTorch PEFT.
 
     Offline and on a CPU, in under three minutes: the base model is a small Llama that is made on the spot. With --model
     and --data the same happens on a real model and your own text.

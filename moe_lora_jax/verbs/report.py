@@ -23,7 +23,7 @@ def report(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a page about an adapter: use of the experts, topics, entropy, likeness of experts, loss, load balance.
+    """Write a page about an adapter: what its experts do, how alike they are, how training went.
 
     The page is one file that needs no network and no script; its figures are also written as PNG into a folder of the
     same name.

@@ -63,7 +63,7 @@ def train(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int | None:
-    """Trains an adapter and writes it where PEFT and moe-lora can read it.
+    """Train an adapter and write it where PEFT and moe-lora can read it.
 
     OUTPUT_DIR gets the adapter (adapter_config.json, adapter_model.safetensors), a folder `training` with metrics and
     checkpoints, and train.yaml: `--config OUTPUT_DIR/train.yaml --output-dir ANOTHER` does the same again, on one
@@ -143,10 +143,11 @@ def train(
         from moe_lora_jax.apply import apply_moe_lora
         from moe_lora_jax.checkpoint import load_adapter
         from moe_lora_jax.models import load_base_model
-        from moe_lora_jax.processes import connect, is_first
+        from moe_lora_jax.processes import connect, is_first, once
         from moe_lora_jax.sharding import make_mesh
         from moe_lora_jax.train.data import read_data, split_data
         from moe_lora_jax.train.loop import train as run
+        from moe_lora_jax.train.run_dir import check_free
         from moe_lora_jax.train.tokenizer import load_tokenizer
 
         connect(coordinator, num_processes, process_id)
@@ -155,6 +156,7 @@ def train(
         devices = make_mesh(axes) if axes else None
     if not is_first():
         shell = Shell(quiet=True)
+    once(lambda: check_free(output_dir, resume=resume))
     with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(model)
         wanted = None if dtype == "stored" else dtype
