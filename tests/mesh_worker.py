@@ -26,6 +26,12 @@ MESHES = {
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
     "expert": {"expert": 4, "data": 2},
 }
+VARIANTS = {
+    "": {},
+    "scan": {"scan": True},
+    "ffn": {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "model": {"scope": "model"},
+}
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 FIELDS = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "lora_dropout": 0.1}
 
@@ -65,17 +71,23 @@ def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:
 
 
 def spread(model: nnx.Module) -> dict[str, jax.Array]:
-    """The embeddings, and the variables of two layers."""
+    """The variables of the model without its second layer."""
     flat = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(model))}
-    wanted = ("embedding", "layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj")
-    return {path: leaf for path, leaf in flat.items() if any(w in path for w in wanted) and "rngs" not in path}
+    return {
+        path: leaf for path, leaf in flat.items() if "layers.1" not in path and "rngs" not in path and leaf.size > 0
+    }
 
 
-def main(directory: Path, meshes: list[str]) -> None:
-    base = write_base(directory / "base")
-    answer = {"one": trained(base, None)}
-    for name in meshes:
-        answer[name] = trained(base, MESHES[name.removesuffix(", scan")], scan=name.endswith("scan"))
+def main(directory: Path, names: list[str]) -> None:
+    """For every name, "MESH" or "MESH, VARIANT", also one device with that variant: "one, VARIANT"."""
+    base, answer = write_base(directory / "base"), {}
+    for name in names:
+        mesh, _, variant = name.partition(", ")
+        fields = VARIANTS[variant]
+        one = f"one, {variant}"
+        if one not in answer:
+            answer[one] = trained(base, None, **fields)
+        answer[name] = trained(base, MESHES[mesh], **fields)
     print(json.dumps(answer))
 
 
