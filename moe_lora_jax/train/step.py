@@ -129,7 +129,9 @@ def make_train_step(
         lm_loss, balance, z = lm.mean * counted_share, balance * token_share, z * token_share
         loss = lm_loss
         if config is not None:
-            loss = lm_loss + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+            for coefficient, term in ((config.router_aux_loss_coef, balance), (config.router_z_loss_coef, z)):
+                if coefficient:  # XLA would compute the gradient of 0 times a term
+                    loss = loss + coefficient * term
         sums = router_sums(router, micro.attention_mask)
         metrics = StepMetrics(loss, lm_loss, balance, z, jnp.zeros(()), lm.counted_tokens, tokens, sums)
         left = nnx.state(model, nnx.RngState)
