@@ -249,10 +249,13 @@ def test_bases_with_other_fields_or_tensors(saved, tmp_path):
         "model.norm.weight",
         "model.layers.0.self_attn.q_norm.weight",
     ]
-    config.update(num_hidden_layers=None)
-    write()
-    with pytest.raises(interop.CheckpointError, match="num_hidden_layers: found None"):
-        export_mixtral(adapter, base, tmp_path / "out")
+    for layers in (None, 0, 2**40):  # as many names as that would not fit in memory
+        config.update(num_hidden_layers=layers)
+        write()
+        with pytest.raises(
+            interop.CheckpointError, match=f"num_hidden_layers: found {layers}, expected a number from 1"
+        ):
+            export_mixtral(adapter, base, tmp_path / "out")
 
 
 def test_a_base_of_other_sizes(saved, tmp_path):

@@ -40,8 +40,10 @@ def base_problems(base: BaseModel) -> list[str]:
     if architectures[0] == "LlamaForCausalLM" and config.get("sliding_window") is not None:
         problems.append(f"base: sliding_window: found {config['sliding_window']!r}, which Llama ignores")
     layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
-        return [*problems, f"base: num_hidden_layers: found {layers!r}, expected a number"]
+    # the names below are made in memory, and config.json may say anything
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= len(base.infos):
+        most = f"a number from 1 to {len(base.infos)}, of tensors in the files"
+        return [*problems, f"base: num_hidden_layers: found {layers!r}, expected {most}"]
     expected_names = base_names(layers)
     if not config.get("tie_word_embeddings"):
         expected_names.add("lm_head.weight")
