@@ -329,8 +329,10 @@ def test_hostile_files_in_peft(tmp_path, tries, tally):
 
     config = json.loads(samples()["native"][CONFIG])
     cases = [(field, value) for field in config for value in HOSTILE]
+    # PEFT 0.21.2 itself matches these with `re`, for any method, and one expression takes minutes: its `inject_adapter`
+    theirs = ("rank_pattern", "alpha_pattern", "exclude_modules")
+    cases = [(field, value) for field, value in cases if not (field in theirs and "(.*)*" in str(value))]
     cases = random.Random(3).sample(cases, tries(60, len(cases)))
-    # not in rank_pattern, alpha_pattern or exclude_modules: PEFT 0.21.2 itself matches those with `re`, for any method
     cases += [("target_modules", "(a+)+b"), ("num_experts_pattern", {"(.*)*b": 2})]
     weights = samples()["native"][WEIGHTS]
     for number, (field, value) in enumerate(cases):

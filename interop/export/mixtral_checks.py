@@ -29,7 +29,7 @@ def base_problems(base: BaseModel) -> list[str]:
     """Why this base model's layers are not those of Mixtral."""
     config = base.config
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+    if architectures not in [[name] for name in ARCHITECTURES]:
         expected = " or ".join(ARCHITECTURES)
         return [f"base: architectures {architectures!r}, expected {expected}: others do not map onto Mixtral"]
     problems = [
