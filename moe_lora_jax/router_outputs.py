@@ -1,5 +1,6 @@
 """From what routers sowed during a forward pass to {module path: RouterOutput}."""
 
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,20 @@ def router_outputs(
         else:
             found[".".join(owner[:-1])] = _shaped(decision, batch_seq, lambda a: a)
     return dict(sorted(found.items()))
+
+
+def alike(
+    router: Mapping[str, RouterOutput], kind: Callable[[str], Any] = lambda module: None
+) -> Iterator[tuple[Any, list[str], RouterOutput]]:
+    """Groups of modules of one kind and shape: (kind, their names, their outputs with a leading axis [module, ...]).
+
+    What is computed for all of a group at once is a few kernels, where one module after the other takes a few each.
+    """
+    groups: dict[Any, list[str]] = {}
+    for module, out in router.items():
+        groups.setdefault((kind(module), out.logits.shape, out.gates.shape), []).append(module)
+    for (of_group, *_), modules in groups.items():
+        yield of_group, modules, jax.tree.map(lambda *arrays: jnp.stack(arrays), *(router[m] for m in modules))
 
 
 def _shaped(decision: RouterOutput, batch_seq: tuple[int, ...], pick: Any) -> RouterOutput:

@@ -11,6 +11,7 @@ import numpy as np
 
 from interop.config import MoeLoraConfig
 from moe_lora_jax.router import RouterOutput
+from moe_lora_jax.router_outputs import alike
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +39,20 @@ def router_sums(router: Mapping[str, RouterOutput], mask: jax.Array) -> dict[str
         router: {module path: RouterOutput, both fields [batch, seq, expert] or [batch, seq, split, expert]}.
         mask: [batch, seq], nonzero for the tokens to look at; usually the attention mask.
     """
-    sums = {}
-    for module, (_, gates) in router.items():
+
+    def of_module(gates: jax.Array) -> RouterSums:
         gates = gates.reshape(*mask.shape, -1, gates.shape[-1])
         real = jnp.broadcast_to((mask > 0)[..., None], gates.shape[:-1]).astype(jnp.float32)
         total = jnp.sum(gates, axis=-1, keepdims=True)
         share = jax.lax.stop_gradient(gates / jnp.where(total > 0, total, 1.0))
         entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), axis=-1)
-        sums[module] = RouterSums(jnp.tensordot(real, share, axes=3), jnp.sum(entropy * real), jnp.sum(real))
-    return sums
+        return RouterSums(jnp.tensordot(real, share, axes=3), jnp.sum(entropy * real), jnp.sum(real))
+
+    sums = {}
+    for _, modules, out in alike(router):
+        found = jax.vmap(of_module)(out.gates)
+        sums.update({module: jax.tree.map(lambda x, n=n: x[n], found) for n, module in enumerate(modules)})
+    return {module: sums[module] for module in router}
 
 
 @dataclass(frozen=True)

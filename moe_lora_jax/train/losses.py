@@ -1,6 +1,7 @@
 """The training loss: masked next-token cross-entropy, and two auxiliary terms on the routers."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from interop.config import MoeLoraConfig
 from moe_lora_jax.gating import top_k_slots
 from moe_lora_jax.router import RouterOutput
+from moe_lora_jax.router_outputs import alike
 
 
 class TokenLoss(NamedTuple):
@@ -76,19 +78,20 @@ def load_balancing_loss(
         if task_types is None:
             raise ValueError("router_aux_loss localized needs task_types: 0 or 1 for every sample of the batch")
         return _mean([_localized(gates, config, attention_mask, task_types) for _, gates in router.values()])
-    shares = [_share_and_probability(module, out, config, attention_mask) for module, out in router.items()]
+    shares = [
+        jax.vmap(partial(_share_and_probability, top_k=top_k, config=config, attention_mask=attention_mask))(out)
+        for top_k, _, out in alike(router, lambda module: config.for_module(module).top_k)
+    ]
     if config.router_aux_loss == "mixtral":
-        share, probability = (jnp.mean(jnp.stack(parts), axis=0) for parts in zip(*shares, strict=True))
-        shares = [(share, probability)]
-    # the mean over splits, where there are any
-    return _mean([p.shape[-1] * jnp.mean(jnp.sum(f * p, axis=-1)) for f, p in shares])
+        share, probability = (jnp.mean(jnp.concatenate(parts), axis=0) for parts in zip(*shares, strict=True))
+        shares = [(share[None], probability[None])]
+    return _mean_of_modules([p.shape[-1] * jnp.sum(f * p, axis=-1) for f, p in shares])
 
 
 def _share_and_probability(
-    module: str, out: RouterOutput, config: MoeLoraConfig, attention_mask: jax.Array | None
+    out: RouterOutput, *, top_k: int | None, config: MoeLoraConfig, attention_mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """f and P of one module, [..., expert]."""
-    top_k = config.for_module(module).top_k
     z = jnp.abs(out.logits) if config.scoring_func == "abs_softmax" else out.logits
     score = jax.nn.sigmoid(z) if config.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
     if top_k is None:
@@ -118,8 +121,11 @@ def router_z_loss(router: Mapping[str, RouterOutput], attention_mask: jax.Array 
 
     Source: ST-MoE, arXiv:2202.08906, eq. 5. Arguments as in `load_balancing_loss`.
     """
-    squares = [jax.nn.logsumexp(z, axis=-1) ** 2 for z, _ in router.values()]
-    return _mean([jnp.mean(_token_mean(square, attention_mask)) for square in squares])
+
+    def of_module(z: jax.Array) -> jax.Array:
+        return _token_mean(jax.nn.logsumexp(z, axis=-1) ** 2, attention_mask)
+
+    return _mean_of_modules([jax.vmap(of_module)(out.logits) for _, _, out in alike(router)])
 
 
 def _token_mean(values: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
@@ -129,6 +135,12 @@ def _token_mean(values: jax.Array, attention_mask: jax.Array | None) -> jax.Arra
     real = (attention_mask > 0).astype(jnp.float32)
     total = jnp.tensordot(real, values, axes=2)
     return total / jnp.maximum(jnp.sum(real), 1.0)
+
+
+def _mean_of_modules(groups: list[jax.Array]) -> jax.Array:
+    """The mean over modules, of arrays [module, ...]; of one module's values, where it has splits, their mean."""
+    values = [jnp.mean(group.reshape(group.shape[0], -1), axis=1) for group in groups]
+    return jnp.mean(jnp.concatenate(values)) if values else jnp.zeros((), jnp.float32)
 
 
 def _mean(values: list[jax.Array]) -> jax.Array:
