@@ -63,7 +63,8 @@ def top_k_slots(z: jax.Array, k: int) -> jax.Array:
     Of equal entries the first counts as larger, 0 and -0 being equal; torch.topk does not promise that.
 
     One maximum after the other: XLA computes `lax.top_k` on whole arrays, so on a mesh every device would first get
-    the logits of all tokens. It also takes no longer for a few of up to 16 experts.
+    the logits of all tokens. On the CPU that costs 0.3 ms instead of 0.12 at 64 experts (512 tokens, k = 2), and
+    nothing beyond the noise at 8 and 16.
     """
     left, slots = jnp.maximum(z, jnp.finfo(z.dtype).min), []
     for _ in range(k):

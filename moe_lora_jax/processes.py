@@ -50,14 +50,14 @@ def once(action: Callable[[], Any]) -> Any:
     if is_first():
         try:
             answer = json.dumps({"value": action()}).encode()
-        except Exception as caught:
+        except Exception as caught:  # whatever it is, the others wait to be told; raised again below
             error = caught
             what, problems = f"{type(caught).__name__}: {caught}", tuple[str, ...]()
             if isinstance(caught, CheckpointError):
                 what, problems = caught.what, caught.problems
             answer = json.dumps({"error": f"{what} (in the first process)", "problems": problems}).encode()
     length = int(multihost_utils.broadcast_one_to_all(np.int64(len(answer))))
-    sent = np.frombuffer(answer.ljust(length, b"\0"), np.uint8) if is_first() else np.zeros(length, np.uint8)
+    sent = np.frombuffer(answer, np.uint8) if is_first() else np.zeros(length, np.uint8)
     told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
     if error is not None:
         raise error

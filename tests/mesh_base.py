@@ -3,27 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from tiny_training import LLAMA
 
 import moe_lora_jax as mlj
+from interop.files import write_tensors
 from moe_lora_jax.models import CausalLM, DecoderConfig
+from moe_lora_jax.verbs.small_base import stored_tensors
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
+CONFIG = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": False}
 ADAPTER = {"r": 2, "num_experts": 4, "top_k": 2, "target_modules": "all-linear"}
 
 
@@ -31,15 +19,9 @@ def write_base(directory: Path, **fields) -> Path:
     """Random weights in Hugging Face's layout."""
     config = {**CONFIG, **fields}
     model = CausalLM(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0))
-    tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        array, name = np.asarray(variable[...]), ".".join(map(str, path))
-        is_kernel = path[-1] == "kernel"
-        name = name.removesuffix(".kernel").removesuffix(".embedding") + ".weight" if path[-1] != "weight" else name
-        tensors[name] = np.ascontiguousarray(array.T if is_kernel else array)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors, directory / "model.safetensors")
+    write_tensors(directory / "model.safetensors", stored_tensors(model), {"format": "pt"})
     return directory
 
 

@@ -2,7 +2,7 @@
 
 train    a long run into DIRECTORY/killed; a process that dies is noticed after 10 seconds instead of JAX's 100
 adapter  saves, loads and generates with an adapter that no process has whole
-refused  trains into a directory that cannot be written, and into one that another run holds
+refused  trains into a directory that cannot be written and into one that holds a run; saves where a file is
 memory   loads a larger base model
 """
 

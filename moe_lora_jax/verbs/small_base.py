@@ -71,7 +71,7 @@ def make_small_base(
     ids = [encoding.ids + [EOS] for encoding in tokenizer.encode_batch(list(texts))]
     examples = [Example(np.array(i, np.int32), np.ones(len(i), bool), line) for line, i in enumerate(ids, start=1)]
     loss = _pretrain(model, examples, steps, seed, on_progress)
-    write_tensors(directory / "model.safetensors", _tensors(model), {"format": "pt"})
+    write_tensors(directory / "model.safetensors", stored_tensors(model), {"format": "pt"})
     return loss
 
 
@@ -115,7 +115,7 @@ def _pretrain(model: CausalLM, examples: Sequence[Example], steps: int, seed: in
     return loss
 
 
-def _tensors(model: CausalLM) -> dict[str, np.ndarray]:
+def stored_tensors(model: CausalLM) -> dict[str, np.ndarray]:
     """{Hugging Face name: array}: the tree's own paths; kernels [in, out] are stored as weights [out, in]."""
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
