@@ -4,7 +4,6 @@ A model in a Hugging Face directory can be measured instead of the small one: `p
 (`python tools/smollm2.py DIRECTORY` writes SmolLM2-135M there).
 """
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,10 +56,5 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from measure(base, "2-layer Llama" if quick else "8-layer Llama of width 512", quick=quick)
 
 
-def main() -> None:
-    directories = [Path(argument) for argument in sys.argv[1:] if argument != "--quick"]
-    alone(rows if not directories else lambda quick: measure(directories[0], directories[0].name, quick=quick))
-
-
 if __name__ == "__main__":
-    main()
+    alone(rows, lambda directory, quick: measure(directory, directory.name, quick=quick))

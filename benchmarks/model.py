@@ -2,6 +2,9 @@
 
 All in fp32, every linear layer adapted, loss on every next token, gradient and AdamW. The step of the frozen base has
 no adapter to train: it is the forward pass and the backward pass to the embeddings' output, in both frameworks.
+
+A model in a Hugging Face directory can be measured instead of the small one: `python -m benchmarks.model DIRECTORY`
+(`python tools/smollm2.py DIRECTORY` writes SmolLM2-135M there).
 """
 
 import tempfile
@@ -39,7 +42,7 @@ class Moved(nnx.Module):
 
 
 def jax_base(directory: Path, ids: np.ndarray) -> Callable[[], Any]:
-    model = mlj.load_base_model(directory)
+    model = mlj.load_base_model(directory, dtype="float32")
     model.model.embed_tokens = Moved(model.model.embed_tokens, jnp.zeros((ids.size, model.config.hidden_size)))
     graph, offset, frozen = nnx.split(model, nnx.BatchStat, ...)
     tokens, counted = jnp.asarray(ids, jnp.int32), jnp.ones(ids.shape, bool)
@@ -52,15 +55,19 @@ def jax_base(directory: Path, ids: np.ndarray) -> Callable[[], Any]:
 
 
 def jax_adapter(directory: Path, ids: np.ndarray, **fields: int) -> Callable[[], object]:
-    model = mlj.load_base_model(directory)
+    model = mlj.load_base_model(directory, dtype="float32")
     config = mlj.MoeLoraConfig(**fields, target_modules="all-linear", init_lora_weights=False)  # type: ignore[arg-type]
     mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0))
     model.train()
     return llama.training_step(model, ids)
 
 
+def loaded(directory: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
 def torch_base(directory: Path, ids: np.ndarray) -> Callable[[], object]:
-    model = LlamaForCausalLM.from_pretrained(directory).requires_grad_(False)
+    model = loaded(directory).requires_grad_(False)
     tokens = torch.from_numpy(ids)
 
     def run() -> float:
@@ -88,11 +95,11 @@ def torch_step(model: torch.nn.Module, ids: np.ndarray) -> Callable[[], object]:
 
 def torch_lora(directory: Path, ids: np.ndarray) -> Callable[[], object]:
     config = peft.LoraConfig(r=EXPERTS * RANK, lora_alpha=EXPERTS * RANK, target_modules="all-linear")
-    return torch_step(peft.get_peft_model(LlamaForCausalLM.from_pretrained(directory), config).train(), ids)
+    return torch_step(peft.get_peft_model(loaded(directory), config).train(), ids)
 
 
 def torch_loop(directory: Path, ids: np.ndarray) -> Callable[[], object]:
-    model = LlamaForCausalLM.from_pretrained(directory).requires_grad_(False)
+    model = loaded(directory).requires_grad_(False)
     add_expert_loops(model.model, experts=EXPERTS, rank=RANK, top_k=TOP_K)
     return torch_step(model.train(), ids)
 
@@ -124,13 +131,22 @@ def measure(directory: Path, name: str, *, batch: int, length: int, rounds: int)
     yield Row("2. the adapters' own cost <= 1x of PEFT LoRA's", f"{own:.3f}", "", own <= 1, note)
 
 
+def described(name: str, batch: int, length: int) -> str:
+    return f"{name}, {batch} x {length} tokens, E {EXPERTS}, r {RANK}, top {TOP_K}"
+
+
 def rows(quick: bool) -> Iterator[Row]:
     batch, length, rounds = (2, 16, 3) if quick else (BATCH, LENGTH, 7)
     with tempfile.TemporaryDirectory() as scratch:
-        sizes = llama.QUICK if quick else llama.FULL
-        name = f"{sizes}, {batch} x {length} tokens, E {EXPERTS}, r {RANK}, top {TOP_K}"
+        name = described(str(llama.QUICK if quick else llama.FULL), batch, length)
         yield from measure(llama.save(scratch, quick=quick), name, batch=batch, length=length, rounds=rounds)
 
 
+def rows_of(directory: Path, quick: bool) -> Iterator[Row]:
+    batch, length, rounds = (1, 16, 3) if quick else (4, LENGTH, 5)
+    name = described(directory.name, batch, length)
+    yield from measure(directory, name, batch=batch, length=length, rounds=rounds)
+
+
 if __name__ == "__main__":
-    alone(rows)
+    alone(rows, rows_of)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +24,18 @@ def results(rows: Callable[[bool], Iterator[Row]], *, quick: bool) -> Iterator[R
     return (replace(row, met=None) if quick else row for row in rows(quick))
 
 
-def alone(rows: Callable[[bool], Iterator[Row]]) -> None:
-    """What a benchmark does when it is run by itself, with or without --quick: a line as soon as it is measured."""
+def alone(
+    rows: Callable[[bool], Iterator[Row]], of_directory: Callable[[Path, bool], Iterator[Row]] | None = None
+) -> None:
+    """What a benchmark does when it is run by itself: a line as soon as it is measured.
+
+    Args:
+        rows: called with whether --quick was given.
+        of_directory: called instead if a model's Hugging Face directory was given.
+    """
+    directories = [Path(argument) for argument in sys.argv[1:] if argument != "--quick"]
+    if directories and of_directory is not None:
+        rows = partial(of_directory, directories[0])
     for row in results(rows, quick="--quick" in sys.argv):
         print(" | ".join(cells(row)), flush=True)
 

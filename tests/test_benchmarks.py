@@ -1,11 +1,14 @@
 """The benchmarks run, on tiny sizes; no time is judged. And the forms that they compare compute the same."""
 
+import runpy
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, llama
 from benchmarks.__main__ import CPU, QUICK, main
 
 
@@ -19,6 +22,15 @@ def test_every_benchmark_gives_its_rows(name, tmp_path):
     for goal, measured, _, met, note in rows:
         assert met == "-", "tiny sizes judge nothing"
         assert goal.strip() and (any(c.isdigit() for c in measured) or "not installed" in note), (goal, measured, note)
+
+
+@pytest.mark.parametrize("name", ["model", "decode"])
+def test_a_given_model_is_measured_instead(name, tmp_path, monkeypatch, capsys):
+    llama.save(tmp_path / "given", quick=True)
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "given"), "--quick"])
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all("given, " in line and line.count("|") == 4 for line in lines)
 
 
 def test_the_gpu_is_not_among_the_cpu_benchmarks():
