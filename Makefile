@@ -96,7 +96,6 @@ build/bench-peers/mixlora: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target build/bench-peers mixlora==0.2.3
 
 # does a mixture beat one LoRA? Hours on a CPU; stopped, the same command goes on. benchmarks/effect/RESULTS.md
-effect: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 effect: .venv/installed build/effect/packages build/smollm2/config.json
 	PYTHONPATH=.:build/effect/packages $(BIN)/python -m benchmarks.effect build/smollm2
 	$(BIN)/python -m benchmarks.effect.table

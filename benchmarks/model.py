@@ -40,6 +40,9 @@ class Moved(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         return self.embed(ids) + self.offset[...]
 
+    def attend(self, hidden: jax.Array) -> jax.Array:
+        return self.embed.attend(hidden)  # the head of a model with tied embeddings
+
 
 def jax_base(directory: Path, ids: np.ndarray) -> Callable[[], Any]:
     model = mlj.load_base_model(directory, dtype="float32")

@@ -43,8 +43,9 @@ def dialects(_):
 
 
 def file(path):
-    """Another file of the repository, without its title."""
-    return (ROOT / path).read_text("utf-8").split("\n", 1)[1]
+    """Another file of the repository, without its title and its pictures."""
+    text = (ROOT / path).read_text("utf-8").split("\n", 1)[1]
+    return re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE)
 
 
 BLOCKS = {"commands": commands, "dialects": dialects, "file": file}

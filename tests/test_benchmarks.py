@@ -25,8 +25,9 @@ def test_every_benchmark_gives_its_rows(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model", "decode"])
-def test_a_given_model_is_measured_instead(name, tmp_path, monkeypatch, capsys):
-    llama.save(tmp_path / "given", quick=True)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_given_model_is_measured_instead(name, tied, tmp_path, monkeypatch, capsys):
+    llama.save(tmp_path / "given", quick=True, tie_word_embeddings=tied)
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "given"), "--quick"])
     runpy.run_module(f"benchmarks.{name}", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
