@@ -79,7 +79,7 @@ def combine(
         scoring_func="abs_softmax" if router == "arrow" else "softmax",
     )
     tensors: dict[tuple[str, str], np.ndarray] = {}
-    make_rows = _router_rows(router, np.random.default_rng(seed))
+    make_rows = _router_rows(router, seed)
     for module in tracked(modules, on_progress):
         a, b = _stacked(factors[module])
         tensors[module, "lora_A"], tensors[module, "lora_B"] = a, b
@@ -170,10 +170,11 @@ def _stacked(factors: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def _router_rows(router: str, rng: np.random.Generator) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _router_rows(router: str, seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """(A, B) -> the router's rows [expert, in] in float32."""
     if router == "arrow":
         return lambda a, b: prototypes(a, b)[0]
     if router == "random":
+        rng = np.random.default_rng(seed)  # one for all modules
         return lambda a, b: (ROUTER_STD * rng.standard_normal((len(a), a.shape[-1]))).astype(np.float32)
     return lambda a, b: np.zeros((len(a), a.shape[-1]), np.float32)
