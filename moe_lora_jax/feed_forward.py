@@ -118,10 +118,12 @@ class SlotLinear(Described, nnx.Module):
             hidden = jnp.broadcast_to(hidden, (*hidden.shape[:-2], b.shape[0], b.shape[1]))
             form = "ter,ero->eto" if x.ndim == 2 else "eter,ero->eto"
             delta = jnp.einsum(form, hidden, b)
-        else:
-            gated = hidden * chosen.astype(a.dtype)[..., None]
-            delta = gated.reshape(*gated.shape[:2], -1) @ b.reshape(-1, b.shape[-1])
-        return base + delta.astype(base.dtype)
+            return base + delta.astype(base.dtype)
+        outputs = []  # slot by slot: XLA:CPU takes longer to add up their gradients along an axis than to compute them
+        for slot, mask in enumerate(chosen.astype(a.dtype)):
+            base_s, hidden_s = (base, hidden) if x.ndim == 2 else (base[slot], hidden[slot])
+            outputs.append(base_s + gated_sum(hidden_s, mask, b).astype(base.dtype))
+        return jnp.stack(outputs)
 
     def facts(self) -> str:
         """See `display`."""
@@ -135,19 +137,27 @@ class SlotLinear(Described, nnx.Module):
         """W0 (sum_s g_s x_s) + sum_s g_s s_e B_e A_e x_s, e the expert in slot s."""
         slots = jnp.broadcast_to(x, (chosen.shape[0], *x.shape[-2:]))
         weights = chosen * gates  # [slot, tokens, expert]
-        mixed = jnp.einsum("sti,st->ti", slots, jnp.sum(weights, axis=-1).astype(x.dtype))
-        base = self.base_layer(mixed)
+        base = self.base_layer(self._mixed(slots, jnp.sum(weights, axis=-1)))
         if self.lora_a is None or self.lora_b is None:
             return base
         a, b = self.lora_a[...], self.lora_b[...]
         if self.top_k is None and a.shape[0] == b.shape[0]:  # slot e is expert e: no expert sees another's activations
             dropped = self.dropout(slots.astype(a.dtype), rngs=self.rngs)
             code = jnp.einsum("eti,eri->ter", dropped, a) * gates[..., None]
-        else:
-            hidden = self._hidden(slots, a)  # [slot, tokens, expert or 1, rank]
+        elif self.top_k is None:
+            hidden = self._hidden(slots, a)  # [slot, tokens, 1, rank]
             code = jnp.einsum("ster,ste->ter", jnp.broadcast_to(hidden, (*hidden.shape[:2], *b.shape[:2])), weights)
+        else:
+            code = sum(self._hidden(x_s, a) * w[:, :, None] for x_s, w in zip(slots, weights, strict=True))
         delta = gated_sum(code.astype(a.dtype), jnp.broadcast_to(jnp.asarray(self.scalings), gates.shape), b)
         return base + delta.astype(base.dtype)
+
+    def _mixed(self, slots: jax.Array, share: jax.Array) -> jax.Array:
+        """sum_s share_s x_s, for slots [slot, tokens, in] and share [slot, tokens]: [tokens, in]."""
+        if self.top_k is None:
+            return jnp.einsum("sti,st->ti", slots, share.astype(slots.dtype))
+        # summed in fp32, the dtype of the share
+        return sum(x * g[:, None] for x, g in zip(slots, share, strict=True)).astype(slots.dtype)  # type: ignore[union-attr]
 
     def _hidden(self, x: jax.Array, a: jax.Array) -> jax.Array:
         """A x: [..., expert or 1, rank]."""
