@@ -34,6 +34,10 @@ def alone(
         of_directory: called instead if a model's Hugging Face directory was given.
     """
     directories = [Path(argument) for argument in sys.argv[1:] if argument != "--quick"]
+    if len(directories) > (of_directory is not None):
+        raise SystemExit(
+            f"arguments: found {sys.argv[1:]}, expected {'at most one directory' if of_directory else 'none'}"
+        )
     if directories and of_directory is not None:
         rows = partial(of_directory, directories[0])
     for row in results(rows, quick="--quick" in sys.argv):

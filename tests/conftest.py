@@ -9,7 +9,13 @@ from collections import defaultdict
 import jax
 import pytest
 
-FULLY_OPTIMISED = ("test_parity", "test_peers", "test_models", "test_layers")  # numbers as users get them
+FULLY_OPTIMISED = (
+    "test_parity",
+    "test_peers",
+    "test_models",
+    "test_layers",
+    "test_golden",
+)  # numbers as users get them
 
 try:
     import torch
