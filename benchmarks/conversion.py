@@ -21,12 +21,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-import interop
+import moe_lora_interop
 from benchmarks.measure import Ratio, Row
 from benchmarks.one_process import PER_EXPERT
 from benchmarks.startup import start_row
 from benchmarks.table import alone, ratio_row
-from interop.files import WEIGHTS_NAME, read_header
+from moe_lora_interop.disk.files import WEIGHTS_NAME, read_header
 
 EXPERTS = 8
 LAYOUTS = {"native": "native", "per expert": PER_EXPERT.name}
@@ -50,8 +50,10 @@ def write_adapter(directory: Path, dtype: str, *, quick: bool) -> float:
         tensors[module, "lora_B"] = random(EXPERTS, n_out, rank)
         tensors[module, "router"] = random(EXPERTS, n_in, dtype=np.dtype(np.float32))
     targets = [kind.split(".")[1] for kind in kinds]
-    config = interop.MoeLoraConfig(r=rank, num_experts=EXPERTS, target_modules=targets, router_aux_loss="localized")
-    interop.write(interop.Adapter(config, tensors), directory)
+    config = moe_lora_interop.MoeLoraConfig(
+        r=rank, num_experts=EXPERTS, target_modules=targets, router_aux_loss="localized"
+    )
+    moe_lora_interop.write(moe_lora_interop.Adapter(config, tensors), directory)
     return max(t.nbytes for t in tensors.values()) / 1e6
 
 
@@ -120,7 +122,7 @@ def _rows(scratch: Path, dtype: str, *, quick: bool) -> Iterator[Row]:
     yield memory_row(f"6. verify, {dtype}: memory <= the file", took, whole=size, note=f"{took['seconds']:.2f} s")
     took = in_process("inspect", where["native"])
     yield memory_row(f"6. inspect, {dtype}: memory <= 60 MB", took, whole=60, note="")
-    command = [sys.executable, "-m", "interop.cli", "inspect", where["native"]]
+    command = [sys.executable, "-m", "moe_lora_interop.cli.main", "inspect", where["native"]]
     goal = f"6. inspect, {dtype}: <= 0.4 s, with the start of Python"
     yield start_row(goal, command, limit=0.4, runs=2 if quick else 10)
 

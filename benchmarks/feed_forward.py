@@ -15,8 +15,8 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import interop
-import interop.peft_tuner
+import moe_lora_interop
+import moe_lora_interop.peft_tuner
 import moe_lora_jax as mlj
 from benchmarks import llama
 from benchmarks.measure import Row, interleaved
@@ -37,8 +37,8 @@ def save_adapter(base: Path, directory: Path) -> None:
     )
     model = mlj.apply_moe_lora(mlj.load_base_model(base), config, rngs=nnx.Rngs(0))
     adapter = mlj.to_adapter(model)
-    interop.write(adapter, directory / "native")
-    interop.write(adapter, directory / "mixlora", "mixlora")
+    moe_lora_interop.write(adapter, directory / "native")
+    moe_lora_interop.write(adapter, directory / "mixlora", "mixlora")
 
 
 def torch_step(model: torch.nn.Module, parameters: list[torch.Tensor], ids: np.ndarray) -> Step:

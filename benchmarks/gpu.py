@@ -20,7 +20,7 @@ import moe_lora_jax as mlj
 from benchmarks import llama
 from benchmarks.measure import Row, interleaved
 from benchmarks.table import alone, ratio_row
-from moe_lora_jax.experts import gated_sum
+from moe_lora_jax.layers.mixing import gated_sum
 from moe_lora_jax.models import DecoderConfig
 
 TOP_K = 2

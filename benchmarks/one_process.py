@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import interop
-from interop.cli import main as cli
-from interop.dialects.loramoe import LORAMOE
-from interop.registry import register_dialect
+import moe_lora_interop
+from moe_lora_interop.cli.main import main as cli
+from moe_lora_interop.dialects.loramoe import LORAMOE
+from moe_lora_interop.dialects.registry import register_dialect
 
 PER_EXPERT = dataclasses.replace(LORAMOE, name="loramoe-safetensors", weights="adapter_model.safetensors")
 """LoRAMoE's tensors, one per expert, without its .bin file, which torch writes as a whole."""
@@ -31,7 +31,7 @@ def main(verb: str, *arguments: str) -> None:
     before, start = most_memory(), time.perf_counter()
     if verb == "convert":
         source, target, layout, to = arguments
-        interop.convert(source, target, dialect=layout, to=to)
+        moe_lora_interop.convert(source, target, dialect=layout, to=to)
     else:
         cli([verb, *arguments])
     seconds = time.perf_counter() - start

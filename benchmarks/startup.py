@@ -1,4 +1,4 @@
-"""Goal 7: how long a new process takes until it has imported `interop`, and until it has printed its help."""
+"""Goal 7: how long a new process takes until it has imported `moe_lora_interop`, and until it has printed its help."""
 
 import os
 import statistics
@@ -31,8 +31,12 @@ def rows(quick: bool) -> Iterator[Row]:
     runs = 2 if quick else RUNS
     python = sys.executable
     yield start_row("7. import numpy, which is not ours", [python, "-c", "import numpy"], limit=None, runs=runs)
-    yield start_row("7. import interop <= 0.25 s", [python, "-c", "import interop"], limit=0.25, runs=runs)
-    yield start_row("7. moe-lora --help <= 0.25 s", [python, "-m", "interop.cli", "--help"], limit=0.25, runs=runs)
+    yield start_row(
+        "7. import moe_lora_interop <= 0.25 s", [python, "-c", "import moe_lora_interop"], limit=0.25, runs=runs
+    )
+    yield start_row(
+        "7. moe-lora --help <= 0.25 s", [python, "-m", "moe_lora_interop.cli.main", "--help"], limit=0.25, runs=runs
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.layer import SHAPES
 from benchmarks.measure import Row, interleaved
 from benchmarks.table import alone, ratio_row
-from interop.peft_tuner import MoeLoraConfig
+from moe_lora_interop.peft_tuner import MoeLoraConfig
 
 
 class LoopOverExperts(nn.Module):

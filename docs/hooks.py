@@ -8,8 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from interop.registry import file_dialects
-from interop.verbs_convert import describe
+from moe_lora_interop.cli.convert import describe
+from moe_lora_interop.dialects.registry import file_dialects
 
 ROOT = Path(__file__).parent.parent
 

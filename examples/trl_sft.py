@@ -2,8 +2,8 @@
 
     moe-lora run -- python examples/trl_sft.py --base MODEL_DIR --data lines.txt --output adapter
 
-(A script that may import it says `class Trainer(AuxLossMixin, SFTTrainer)`, from interop.peft_tuner.trainer: that is
-the class below, and is right for DPOTrainer too, whose reference runs through the same layers.)
+(A script that may import it says `class Trainer(AuxLossMixin, SFTTrainer)`, from moe_lora_interop.peft_tuner.trainer:
+that is the class below, and is right for DPOTrainer too, whose reference runs through the same layers.)
 """
 
 import argparse

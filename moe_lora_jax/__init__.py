@@ -2,22 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from interop import __version__ as __version__
-from interop.config import MoeLoraConfig
-from moe_lora_jax.adapter_bank import AdapterBank, select_adapters
-from moe_lora_jax.apply import apply_moe_lora, remove_moe_lora
-from moe_lora_jax.checkpoint import load_adapter, save_pretrained, to_adapter
-from moe_lora_jax.combine import combine
-from moe_lora_jax.experts import MoeLoraParam
-from moe_lora_jax.filters import experts_only, router_only
-from moe_lora_jax.layers import MoeLoraLinear
-from moe_lora_jax.linear_maps import LinearMap
-from moe_lora_jax.model_spec import ModelSpec
+from moe_lora_interop import __version__ as __version__
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_jax.adapters.adapter_bank import AdapterBank, select_adapters
+from moe_lora_jax.adapters.apply import apply_moe_lora, remove_moe_lora
+from moe_lora_jax.adapters.checkpoint import combine, load_adapter, save_pretrained, to_adapter
+from moe_lora_jax.adapters.filters import experts_only, router_only
+from moe_lora_jax.adapters.model_spec import ModelSpec
+from moe_lora_jax.adapters.parameter_summary import summary
+from moe_lora_jax.layers.linear import MoeLoraLinear
+from moe_lora_jax.layers.linear_maps import LinearMap
+from moe_lora_jax.layers.mixing import MoeLoraParam
+from moe_lora_jax.layers.router import Router, RouterOutput
 from moe_lora_jax.models import CausalLM, generate, load_base_model
-from moe_lora_jax.quantized import quantize_base
-from moe_lora_jax.router import Router, RouterOutput
+from moe_lora_jax.models.quantized import quantize_base
 from moe_lora_jax.sharding import make_mesh
-from moe_lora_jax.summary import summary
 
 if TYPE_CHECKING:
     from moe_lora_jax.report import plot_router

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.errors import CheckpointError, ConfigError
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

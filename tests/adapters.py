@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from interop import Adapter, MoeLoraConfig
+from moe_lora_interop import Adapter, MoeLoraConfig
 
 Q0, V0 = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 Q1, V1 = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"

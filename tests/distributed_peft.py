@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from test_peft_support import config, tiny_llama
 from torch.distributed.fsdp import FSDPModule
 
-from interop.peft_tuner.trainer import collected_aux_losses
+from moe_lora_interop.peft_tuner.trainer import collected_aux_losses
 
 STEPS = 5
 FIELDS = {

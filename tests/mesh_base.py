@@ -7,9 +7,9 @@ from flax import nnx
 from tiny_training import LLAMA
 
 import moe_lora_jax as mlj
-from interop.files import write_tensors
+from moe_lora_interop.disk.files import write_tensors
+from moe_lora_jax.demo.small_base import stored_tensors
 from moe_lora_jax.models import CausalLM, DecoderConfig
-from moe_lora_jax.verbs.small_base import stored_tensors
 
 CONFIG = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": False}
 ADAPTER = {"r": 2, "num_experts": 4, "top_k": 2, "target_modules": "all-linear"}

@@ -14,7 +14,7 @@ from mesh_base import adapted, write_base
 from tiny_training import token_data
 
 import moe_lora_jax as mlj
-from moe_lora_jax.filters import PARTS
+from moe_lora_jax.adapters.filters import PARTS
 from moe_lora_jax.sharding import mesh_of, put_rows
 from moe_lora_jax.train import Batch, make_train_step, merge_back, split_model
 from moe_lora_jax.train.batches import collate

@@ -1,8 +1,8 @@
-"""A Llama with a mixture of LoRA experts in plain numpy (float64): the formulas of `interop.config`, written out."""
+"""A Llama with a mixture of LoRA experts in plain numpy (float64): the formulas of the config, written out."""
 
 import numpy as np
 
-from interop import Adapter
+from moe_lora_interop import Adapter
 
 
 class NumpyMixture:

@@ -17,9 +17,9 @@ from flax import nnx
 from mesh_base import adapted
 from tiny_training import token_data
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
-from interop.errors import CheckpointError
+from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.train import TrainSettings, train
 
 PROMPTS = np.arange(12).reshape(4, 3)
@@ -34,7 +34,7 @@ def adapter(directory: Path) -> dict:
     again = mlj.load_base_model(directory / "base", mesh=mlj.make_mesh({"data": 2, "expert": 2}))
     mlj.load_adapter(again, directory / "adapter")
     after = np.asarray(mlj.generate(again, PROMPTS, max_new_tokens=6))
-    had, stored = mlj.to_adapter(model), interop.read(directory / "adapter")
+    had, stored = mlj.to_adapter(model), moe_lora_interop.read(directory / "adapter")
     return {
         "no process has whole": addressable.count(False),
         "before": before.tolist(),

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-import interop
-from interop import Adapter, CheckpointError
-from interop.atomic import PREVIOUS
-from interop.samples import sample
+import moe_lora_interop
+from moe_lora_interop import Adapter, CheckpointError
+from moe_lora_interop.disk.atomic import PREVIOUS
 from tests.faulty_disk import Disk
+from tools.samples import sample
 
 
 def same(found: Adapter, expected: Adapter) -> bool:
@@ -28,8 +28,8 @@ class Trial:
         self.root, self.directory = folder / "disk", folder / "disk" / "out"
         self.layout, self.adapters = new, {}
         for name, layout, n in (("old", old, seed), ("new", new, seed + 1), ("next", new, seed + 2)):
-            interop.write(sample(layout, seed=n), folder / name, layout)
-            self.adapters[name] = interop.read(folder / name)
+            moe_lora_interop.write(sample(layout, seed=n), folder / name, layout)
+            self.adapters[name] = moe_lora_interop.read(folder / name)
         self.start, self.files = folder / "old", {name: listing(folder / name) for name in ("old", "new", "next")}
         self.reset()
 
@@ -38,16 +38,16 @@ class Trial:
         shutil.copytree(self.start, self.directory)
 
     def save(self, name: str = "new", directory: Path | None = None) -> None:
-        interop.write(self.adapters[name], directory or self.directory, self.layout)
+        moe_lora_interop.write(self.adapters[name], directory or self.directory, self.layout)
 
     def found(self, directory: Path) -> str:
         """ "old", "new", "refused" (with the old one complete in PREVIOUS), or what is wrong."""
         try:
-            adapter = interop.read(directory)
+            adapter = moe_lora_interop.read(directory)
         except CheckpointError as error:
             if not (directory / PREVIOUS).is_dir():
                 return f"lost: {error}"
-            kept = same(interop.read(directory / PREVIOUS), self.adapters["old"])
+            kept = same(moe_lora_interop.read(directory / PREVIOUS), self.adapters["old"])
             return "refused" if kept else "lost: the copy is not the old one"
         return next((n for n, known in self.adapters.items() if same(adapter, known)), "lost: a mixture")
 
@@ -55,7 +55,7 @@ class Trial:
         """Whether it succeeds and leaves nothing but its own files (the old model card among them)."""
         self.save("next", directory)
         files = set(self.files["next"]) | {"README.md"} & set(self.files["old"])
-        return same(interop.read(directory), self.adapters["next"]) and set(listing(directory)) == files
+        return same(moe_lora_interop.read(directory), self.adapters["next"]) and set(listing(directory)) == files
 
 
 def steps_of(trial: Trial) -> int:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import interop
-from interop import Adapter, CheckpointError, ConfigError, MoeLoraConfig
-from interop.files import write_tensors
+import moe_lora_interop
+from moe_lora_interop import Adapter, CheckpointError, ConfigError, MoeLoraConfig
+from moe_lora_interop.disk.files import write_tensors
 from tests.adapters import Q0, Q1, SHAPES, V0, V1, assert_same_tensors, make_adapter, make_tensors, random_bits
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -34,7 +34,7 @@ KINDS = {
 def saved(tmp_path):
     """A directory with a valid adapter, and the adapter."""
     adapter = make_adapter()
-    interop.write(adapter, tmp_path)
+    moe_lora_interop.write(adapter, tmp_path)
     return tmp_path, adapter
 
 
@@ -63,9 +63,9 @@ def problems_of(call, *args, **kwargs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_write_then_read_is_bit_exact(tmp_path, kind, dtype):
     adapter = make_adapter(dtype=dtype, draw=random_bits, **KINDS[kind])
-    interop.write(adapter, tmp_path / "out")
-    assert interop.detect(tmp_path / "out") == "native"
-    back = interop.read(tmp_path / "out")
+    moe_lora_interop.write(adapter, tmp_path / "out")
+    assert moe_lora_interop.detect(tmp_path / "out") == "native"
+    back = moe_lora_interop.read(tmp_path / "out")
     assert back.config == adapter.config
     assert back.config.target_modules == sorted(SHAPES)
     assert_same_tensors(back.tensors, adapter.tensors)
@@ -73,7 +73,7 @@ def test_write_then_read_is_bit_exact(tmp_path, kind, dtype):
 
 def test_the_file_has_pefts_keys_and_axes(tmp_path):
     adapter = make_adapter(router_bias=True, threshold=0.5, adaptive_threshold=True)
-    interop.write(adapter, tmp_path)
+    moe_lora_interop.write(adapter, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     expected = {}
     for m in SHAPES:
@@ -91,9 +91,9 @@ def test_the_file_has_pefts_keys_and_axes(tmp_path):
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     adapter = make_adapter(router_bias=True)
-    interop.write(adapter, tmp_path / "a")
+    moe_lora_interop.write(adapter, tmp_path / "a")
     reordered = Adapter(adapter.config, dict(reversed(adapter.tensors.items())))
-    interop.write(reordered, tmp_path / "b")
+    moe_lora_interop.write(reordered, tmp_path / "b")
     for name in (CONFIG, WEIGHTS, CARD):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -101,8 +101,8 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("patterns", [{"q_proj": 2, ".*": 7}, {"v_proj": 1, "(q|v)_proj": 5, "layers.*": 9}], ids=str)
 def test_the_order_of_patterns_survives_because_the_first_match_wins(tmp_path, patterns):
     adapter = make_adapter(alpha_pattern=patterns)
-    interop.write(adapter, tmp_path)
-    back = interop.read(tmp_path).config
+    moe_lora_interop.write(adapter, tmp_path)
+    back = moe_lora_interop.read(tmp_path).config
     for module in SHAPES:
         assert back.for_module(module) == adapter.config.for_module(module)
 
@@ -113,23 +113,23 @@ def test_views_and_big_endian_arrays_keep_their_values(tmp_path):
     strange[Q0, "lora_A"] = strange[Q0, "lora_A"].transpose(2, 1, 0).copy().transpose(2, 1, 0)
     strange[Q0, "lora_B"] = np.repeat(strange[Q0, "lora_B"], 2, axis=0)[::2]
     strange[V0, "lora_A"], strange[V0, "lora_B"] = (strange[V0, r].astype(">f4") for r in ("lora_A", "lora_B"))
-    interop.write(Adapter(adapter.config, strange), tmp_path)
-    assert_same_tensors(interop.read(tmp_path).tensors, adapter.tensors)
+    moe_lora_interop.write(Adapter(adapter.config, strange), tmp_path)
+    assert_same_tensors(moe_lora_interop.read(tmp_path).tensors, adapter.tensors)
 
 
 def test_a_router_in_another_dtype_than_the_experts(tmp_path):
     config = MoeLoraConfig(r=2, num_experts=3, target_modules=["q_proj", "v_proj"])
     tensors = make_tensors(config, dtype="bfloat16", router_dtype="float32")
-    interop.write(Adapter(config, tensors), tmp_path)
-    assert_same_tensors(interop.read(tmp_path).tensors, tensors)
+    moe_lora_interop.write(Adapter(config, tensors), tmp_path)
+    assert_same_tensors(moe_lora_interop.read(tmp_path).tensors, tensors)
 
 
 def test_reading_and_writing_change_no_argument(saved):
     directory, adapter = saved
     tensors, config = dict(adapter.tensors), adapter.config.to_dict()
     values = copy.deepcopy(tensors)
-    interop.write(Adapter(adapter.config, tensors), directory)
-    interop.read(directory)
+    moe_lora_interop.write(Adapter(adapter.config, tensors), directory)
+    moe_lora_interop.read(directory)
     assert list(tensors) == list(values) and adapter.config.to_dict() == config
     assert_same_tensors(tensors, values)
 
@@ -147,13 +147,13 @@ def test_an_adapter_does_not_follow_changes_of_the_dict_it_was_made_from():
 
 def test_a_model_card_is_written_and_names_the_import(saved):
     text = (saved[0] / CARD).read_text()
-    assert "import interop.peft_tuner" in text and "mlj.load_adapter" in text
+    assert "import moe_lora_interop.peft_tuner" in text and "mlj.load_adapter" in text
     assert all(f"{PREFIX}{m}.moe_lora_A" in text for m in SHAPES)
 
 
 def test_a_users_readme_is_kept(tmp_path):
     (tmp_path / CARD).write_text("mine")
-    interop.write(make_adapter(), tmp_path)
+    moe_lora_interop.write(make_adapter(), tmp_path)
     assert (tmp_path / CARD).read_text() == "mine"
 
 
@@ -161,8 +161,8 @@ def test_a_save_replaces_the_old_checkpoint_and_leaves_other_files(saved):
     directory, _ = saved
     (directory / "other").write_text("mine")
     new = make_adapter(seed=1, r=4, top_k=1)
-    interop.write(new, directory)
-    assert_same_tensors(interop.read(directory).tensors, new.tensors)
+    moe_lora_interop.write(new, directory)
+    assert_same_tensors(moe_lora_interop.read(directory).tensors, new.tensors)
     assert {p.name for p in directory.iterdir()} == {CONFIG, WEIGHTS, CARD, "other"}
 
 
@@ -172,23 +172,26 @@ def test_a_failed_save_leaves_the_old_checkpoint_readable(saved, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("interop.files.write_tensors", full)
+    monkeypatch.setattr("moe_lora_interop.disk.files.write_tensors", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        interop.write(make_adapter(seed=1, r=4), directory)
+        moe_lora_interop.write(make_adapter(seed=1, r=4), directory)
     monkeypatch.undo()
-    assert_same_tensors(interop.read(directory).tensors, old.tensors)
+    assert_same_tensors(moe_lora_interop.read(directory).tensors, old.tensors)
     assert {p.name for p in directory.iterdir()} == {CONFIG, WEIGHTS, CARD}
 
 
 def test_a_base_name_that_is_not_unicode_can_be_saved(tmp_path):
     adapter = make_adapter(base_model_name_or_path="base\udcff")  # as os.fsdecode gives it for a strange path
-    interop.write(adapter, tmp_path)
-    assert interop.read(tmp_path).config == adapter.config
+    moe_lora_interop.write(adapter, tmp_path)
+    assert moe_lora_interop.read(tmp_path).config == adapter.config
 
 
 def test_an_unknown_layout_lists_the_known_ones(saved):
     directory, adapter = saved
-    for call in (lambda: interop.write(adapter, directory, "nativ"), lambda: interop.read(directory, "nativ")):
+    for call in (
+        lambda: moe_lora_interop.write(adapter, directory, "nativ"),
+        lambda: moe_lora_interop.read(directory, "nativ"),
+    ):
         with pytest.raises(CheckpointError, match="found 'nativ', expected one of.*native"):
             call()
 
@@ -198,7 +201,7 @@ def test_an_unknown_layout_lists_the_known_ones(saved):
 
 def test_every_flipped_bit_is_noticed(tmp_path):
     one = make_adapter(shapes={Q0: (3, 2)}, target_modules=[Q0], num_experts=2, r=1, dtype="bfloat16")
-    interop.write(one, tmp_path)
+    moe_lora_interop.write(one, tmp_path)
     raw = (tmp_path / WEIGHTS).read_bytes()
     data = 8 * (8 + int.from_bytes(raw[:8], "little"))
     name = 8 * raw.index(b"digest")
@@ -211,7 +214,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         flipped[bit // 8] ^= 1 << bit % 8
         (tmp_path / WEIGHTS).write_bytes(flipped)
         try:
-            interop.read(tmp_path, "native")
+            moe_lora_interop.read(tmp_path, "native")
         except (CheckpointError, ConfigError):
             continue
         unnoticed.append(bytes(flipped[max(0, bit // 8 - 8) : bit // 8 + 8]))
@@ -221,27 +224,27 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 @pytest.mark.parametrize("fields", [dict(lora_alpha=32), dict(use_rslora=True), dict(top_k=1)], ids=str)
 def test_another_checkpoints_config_is_noticed(saved, tmp_path, fields):
     directory, _ = saved
-    interop.write(make_adapter(**fields), tmp_path / "other")
+    moe_lora_interop.write(make_adapter(**fields), tmp_path / "other")
     (directory / CONFIG).write_bytes((tmp_path / "other" / CONFIG).read_bytes())
     with pytest.raises(CheckpointError, match="do not belong together.*\n.*digest"):
-        interop.read(directory)
+        moe_lora_interop.read(directory)
 
 
 def test_another_checkpoints_tensors_are_noticed(saved, tmp_path):
     directory, _ = saved
-    interop.write(make_adapter(lora_alpha=32), tmp_path / "other")
+    moe_lora_interop.write(make_adapter(lora_alpha=32), tmp_path / "other")
     (directory / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     with pytest.raises(CheckpointError, match="do not belong together"):
-        interop.read(directory)
+        moe_lora_interop.read(directory)
 
 
 @pytest.mark.parametrize("change", [{"format": "np"}, {"format_version": "2"}, {"author": "me"}], ids=str)
 def test_edited_metadata_are_noticed(saved, change):
     directory, _ = saved
-    metadata = {**interop.inspect(directory).metadata, **change}
+    metadata = {**moe_lora_interop.inspect(directory).metadata, **change}
     save_file(load_file(directory / WEIGHTS), directory / WEIGHTS, metadata)
     with pytest.raises(CheckpointError, match="digest"):
-        interop.read(directory)
+        moe_lora_interop.read(directory)
 
 
 def test_bookkeeping_may_be_edited_by_hand(saved):
@@ -249,7 +252,7 @@ def test_bookkeeping_may_be_edited_by_hand(saved):
     config = json.loads((directory / CONFIG).read_text())
     config |= {"base_model_name_or_path": "elsewhere", "revision": "abc", "inference_mode": True, "peft_version": "9"}
     (directory / CONFIG).write_text(json.dumps(config))
-    back = interop.read(directory)
+    back = moe_lora_interop.read(directory)
     assert back.config.base_model_name_or_path == "elsewhere"
     assert_same_tensors(back.tensors, adapter.tensors)
 
@@ -257,8 +260,8 @@ def test_bookkeeping_may_be_edited_by_hand(saved):
 def test_files_without_a_digest_are_accepted(saved):
     directory, adapter = saved
     rewrite(directory)
-    assert_same_tensors(interop.read(directory).tensors, adapter.tensors)
-    assert interop.read(directory).config == adapter.config
+    assert_same_tensors(moe_lora_interop.read(directory).tensors, adapter.tensors)
+    assert moe_lora_interop.read(directory).config == adapter.config
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def test_missing_extra_and_wrong_tensors_are_all_in_one_error(saved):
         tensors[f"{PREFIX}model.norm.moe_lora_A"] = np.zeros((3, 2, 5), "float32")
 
     rewrite(directory, change_tensors=damage)
-    problems = "\n".join(problems_of(interop.read, directory))
+    problems = "\n".join(problems_of(moe_lora_interop.read, directory))
     for words in (
         [f"{Q0} lora_A", "missing"],
         [f"{Q0} router_bias", "unexpected"],
@@ -317,7 +320,7 @@ def test_a_missing_layer_is_named_although_targets_are_last_parts():
 def test_a_target_without_any_tensor_is_named(saved):
     directory, _ = saved
     rewrite(directory, change_config=lambda c: c.update(target_modules=["q_proj", "v_proj", "o_proj"]))
-    (problem,) = problems_of(interop.read, directory)
+    (problem,) = problems_of(moe_lora_interop.read, directory)
     assert "o_proj" in problem
 
 
@@ -329,7 +332,7 @@ def test_a_missing_module_is_named_when_targets_are_full_paths(saved):
             del tensors[name]
 
     rewrite(directory, change_tensors=drop)
-    (problem,) = problems_of(interop.read, directory)
+    (problem,) = problems_of(moe_lora_interop.read, directory)
     assert Q1 in problem
 
 
@@ -340,7 +343,7 @@ def test_a_config_that_fits_no_module_lists_all_of_them_and_the_tensors_too(save
         del tensors[f"{PREFIX}{V0}.moe_lora_A"]
 
     rewrite(directory, lambda c: c.update(rank_pattern={"q_proj": [1, 2]}), damage)
-    problems = problems_of(interop.read, directory)
+    problems = problems_of(moe_lora_interop.read, directory)
     for start in (f"{Q0}: r has 2 entries", f"{Q1}: r has 2 entries", f"{V0} lora_A: missing"):
         assert any(p.startswith(start) for p in problems), (start, problems)
 
@@ -349,20 +352,20 @@ def test_a_config_that_fits_no_module_lists_all_of_them_and_the_tensors_too(save
 def test_hostile_sizes_in_the_config_are_an_error_and_no_allocation(saved, fields):
     directory, _ = saved
     rewrite(directory, change_config=lambda c: c.update(fields))
-    assert problems_of(interop.read, directory)
+    assert problems_of(moe_lora_interop.read, directory)
 
 
 def test_expert_counts_must_agree(saved):
     directory, _ = saved
     rewrite(directory, change_config=lambda c: c.update(num_experts=4))
-    problems = problems_of(interop.read, directory)
+    problems = problems_of(moe_lora_interop.read, directory)
     assert all(any(f"{m} {role}" in p for p in problems) for m in SHAPES for role in ("lora_A", "lora_B", "router"))
 
 
 def test_one_expert_must_not_have_a_router(saved):
     directory, _ = saved
     rewrite(directory, change_config=lambda c: c.update(num_experts=1))
-    assert any(f"{Q0} router" in p and "unexpected" in p for p in problems_of(interop.read, directory))
+    assert any(f"{Q0} router" in p and "unexpected" in p for p in problems_of(moe_lora_interop.read, directory))
 
 
 def test_padding_beyond_an_experts_rank_must_be_zero():
@@ -374,11 +377,11 @@ def test_padding_beyond_an_experts_rank_must_be_zero():
 
 
 def test_an_expert_whose_rank_is_not_its_configs_is_refused_in_any_layout(tmp_path):
-    interop.write(make_adapter(scoring_func="abs_softmax", top_k=2), tmp_path, "arrow")
+    moe_lora_interop.write(make_adapter(scoring_func="abs_softmax", top_k=2), tmp_path, "arrow")
     path = tmp_path / "task_0" / WEIGHTS
     cut = {n: t[:1] if "lora_A" in n else t[:, :1].copy() for n, t in load_file(path).items()}
     save_file(cut, path)  # rank 1, and a config that says r = 2: alpha / r would be half of what it was
-    assert any(Q0 in problem for problem in problems_of(interop.read, tmp_path))
+    assert any(Q0 in problem for problem in problems_of(moe_lora_interop.read, tmp_path))
 
 
 def test_an_adapter_without_tensors_is_refused():
@@ -389,13 +392,15 @@ def test_a_newer_version_says_upgrade_before_anything_else(saved):
     directory, _ = saved
     rewrite(directory, lambda c: c.update(format_version=2, brand_new=1), lambda t: t.clear())
     with pytest.raises(ConfigError, match="upgrade moe-lora-jax"):
-        interop.read(directory)
+        moe_lora_interop.read(directory)
 
 
 # --- what is no checkpoint ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [interop.read, interop.detect, interop.inspect], ids=lambda v: v.__name__)
+@pytest.mark.parametrize(
+    "verb", [moe_lora_interop.read, moe_lora_interop.detect, moe_lora_interop.inspect], ids=lambda v: v.__name__
+)
 def test_a_directory_that_is_no_checkpoint(tmp_path, verb):
     with pytest.raises(CheckpointError, match="not a checkpoint.*\n.*missing file"):
         verb(tmp_path)
@@ -410,25 +415,25 @@ def test_a_directory_that_is_no_checkpoint(tmp_path, verb):
 def test_a_missing_file_is_named(saved, name):
     (saved[0] / name).unlink()
     with pytest.raises(CheckpointError, match=f"not a checkpoint.*\n.*{name}"):
-        interop.read(saved[0])
+        moe_lora_interop.read(saved[0])
 
 
 def test_detect_refuses_what_no_layout_describes(saved):
     directory, _ = saved
     rewrite(directory, change_tensors=lambda t: t.update(classifier=np.zeros((2, 2), "float32")))
     with pytest.raises(CheckpointError, match="native: no rule for classifier"):
-        interop.detect(directory)
+        moe_lora_interop.detect(directory)
 
 
 def test_detect_refuses_an_empty_file(saved):
     write_tensors(saved[0] / WEIGHTS, {}, {})
     with pytest.raises(CheckpointError):
-        interop.detect(saved[0])
+        moe_lora_interop.detect(saved[0])
 
 
 def test_unknown_options_are_refused(saved):
     with pytest.raises(CheckpointError) as error:
-        interop.read(saved[0], alpha=2, beta=3)
+        moe_lora_interop.read(saved[0], alpha=2, beta=3)
     alpha, beta = error.value.problems
     assert "alpha" in alpha and "beta" in beta
 
@@ -439,21 +444,21 @@ def test_unknown_options_are_refused(saved):
 def test_convert_to_native_gives_the_same_checkpoint(saved, tmp_path):
     directory, adapter = saved
     rewrite(directory)
-    interop.convert(directory, tmp_path / "converted", to="native")
-    back = interop.read(tmp_path / "converted")
+    moe_lora_interop.convert(directory, tmp_path / "converted", to="native")
+    back = moe_lora_interop.read(tmp_path / "converted")
     assert back.config == adapter.config
     assert_same_tensors(back.tensors, adapter.tensors)
 
 
 def test_convert_can_write_over_its_source(saved):
     directory, adapter = saved
-    interop.convert(directory, directory)
-    assert_same_tensors(interop.read(directory).tensors, adapter.tensors)
+    moe_lora_interop.convert(directory, directory)
+    assert_same_tensors(moe_lora_interop.read(directory).tensors, adapter.tensors)
 
 
 def test_convert_refuses_a_damaged_source_and_writes_nothing(saved, tmp_path):
     directory, _ = saved
     rewrite(directory, change_tensors=lambda t: t.popitem())
     with pytest.raises(CheckpointError, match="missing"):
-        interop.convert(directory, tmp_path / "converted")
+        moe_lora_interop.convert(directory, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()

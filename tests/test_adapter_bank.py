@@ -12,17 +12,17 @@ import torch
 import transformers
 from flax import nnx
 
-import interop
-import interop.peft_tuner  # noqa: F401  registers MOE_LORA
+import moe_lora_interop
+import moe_lora_interop.peft_tuner  # noqa: F401  registers MOE_LORA
 import moe_lora_jax as mlj
-from interop import CheckpointError
-from interop.samples import random_adapter
+from moe_lora_interop import CheckpointError
 from tests.adapters import assert_same_tensors
 from tests.hf import make_model, save_model
 from tests.nnx_llama import SPEC, load
 from tests.toy import assert_same_leaves, leaves
+from tools.samples import random_adapter
 
-generate_module = importlib.import_module("moe_lora_jax.models.generate")  # not the function of this name
+generate_module = importlib.import_module("moe_lora_jax.models.decoding")  # not the function of this name
 IDS = np.random.default_rng(0).integers(3, 90, (5, 6))
 MASK = np.array([[1] * 6, [1] * 6, [1] * 4 + [0] * 2, [1] * 6, [0] + [1] * 5])
 ROWS = ["b", "a", "__base__", "c", "b"]
@@ -44,7 +44,7 @@ def make_adapter(base, seed, **fields):
         slot: 0.5 * rng.normal(size=t.shape).astype(t.dtype) if "router" in slot[1] else t
         for slot, t in adapter.tensors.items()
     }
-    return interop.Adapter(adapter.config, routers)
+    return moe_lora_interop.Adapter(adapter.config, routers)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_every_row_is_that_of_its_adapter_alone(base, adapters, alone, options):
 
 def test_it_is_pefts_mixed_batch(base, adapters, tmp_path):
     for name, adapter in adapters.items():
-        interop.write(adapter, tmp_path / name)
+        moe_lora_interop.write(adapter, tmp_path / name)
     twin = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "a", adapter_name="a"
     )
@@ -217,7 +217,7 @@ def test_saving_gives_back_every_bit(base, adapters, tmp_path):
     bank = bank_of(base, adapters)
     for name, adapter in adapters.items():
         bank.save_pretrained(name, tmp_path / name)
-        assert_same_tensors(dict(interop.read(tmp_path / name).tensors), dict(adapter.tensors))
+        assert_same_tensors(dict(moe_lora_interop.read(tmp_path / name).tensors), dict(adapter.tensors))
 
 
 def test_removing_gives_the_base_back(base, adapters):

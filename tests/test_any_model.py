@@ -14,10 +14,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import interop.peft_tuner as tuner
+import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
-from interop import CheckpointError, ConfigError
-from moe_lora_jax.linear_maps import linear_map
+from moe_lora_interop import CheckpointError, ConfigError
+from moe_lora_jax.layers.linear_maps import linear_map
 from tests.hf import make_model, save_model
 from tests.nnx_llama import SPEC, Llama, load
 from tests.toy import assert_same_leaves, leaves

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from interop import CheckpointError, ConfigError, MoeLoraConfig
+from moe_lora_interop import CheckpointError, ConfigError, MoeLoraConfig
 from moe_lora_jax import MoeLoraLinear, MoeLoraParam, apply_moe_lora, remove_moe_lora
 from tests.toy import KINDS, MODULES, Toy, assert_same_leaves, fast_rngs, leaves, linear, run
 

@@ -4,12 +4,13 @@ import peft
 import pytest
 import transformers
 
-import interop.peft_tuner as tuner
-from interop.card import PLACEHOLDER, routing_rule
-from interop.config import MoeLoraConfig
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.checkpoint.card import PLACEHOLDER
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.in_words import routing_in_words
 from tests.hf import make_model
 
-IMPORT = "import interop.peft_tuner"
+IMPORT = "import moe_lora_interop.peft_tuner"
 
 
 @pytest.fixture
@@ -56,4 +57,4 @@ def test_a_users_own_card_stays(model, tmp_path):
     ],
 )
 def test_the_rule_in_words(fields, rule):
-    assert routing_rule(MoeLoraConfig(**fields)) == rule
+    assert routing_in_words(MoeLoraConfig(**fields)) == rule

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-import interop
-from interop import Adapter, CheckpointError, ConfigError, MoeLoraConfig
+import moe_lora_interop
+from moe_lora_interop import Adapter, CheckpointError, ConfigError, MoeLoraConfig
 from moe_lora_jax import MoeLoraParam, apply_moe_lora, load_adapter, save_pretrained, to_adapter
 from tests.adapters import assert_same_tensors, make_tensors
 from tests.toy import HIDDEN, IN, MODULES, Toy, assert_same_leaves, fast_rngs, inputs, leaves, linear, run
@@ -96,7 +96,7 @@ def test_saving_changes_nothing_in_the_model(tmp_path):
 
 def test_the_saved_config_lists_what_was_matched(tmp_path):
     save_pretrained(adapted(target_modules=r".*\.(q|up)_proj", exclude_modules=["layers.0.q_proj"]), tmp_path)
-    assert interop.read(tmp_path).config.target_modules == [
+    assert moe_lora_interop.read(tmp_path).config.target_modules == [
         "layers.0.mlp.up_proj",
         "layers.1.mlp.up_proj",
         "layers.1.q_proj",
@@ -145,7 +145,7 @@ def test_experts_and_routers_of_different_dtypes_are_kept(tmp_path):
     tensors = make_tensors(config, shapes, dtype="bfloat16", router_dtype="bfloat16")
     for role in ("lora_A", "lora_B"):
         tensors["layers.1.q_proj", role] = tensors["layers.1.q_proj", role].astype("float32")
-    interop.write(Adapter(config, tensors), tmp_path)
+    moe_lora_interop.write(Adapter(config, tensors), tmp_path)
     model = load(Toy(), tmp_path)
     assert_same_tensors(to_adapter(model).tensors, tensors)
     assert np.isfinite(run(model)).all()

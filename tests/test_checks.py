@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import interop
-from interop import CheckpointError, ConfigError, Finding
+import moe_lora_interop
+from moe_lora_interop import CheckpointError, ConfigError, Finding
 from tests.adapters import Q0, Q1, SHAPES, V0, make_adapter
 from tests.peers_data import Peer
 
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 
 
 def written(path, **fields):
-    interop.write(make_adapter(**fields), path)
+    moe_lora_interop.write(make_adapter(**fields), path)
     return path
 
 
@@ -58,8 +58,8 @@ def hf_base(path, shapes=SHAPES, shards=1):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_inspect_describes_the_file(tmp_path, dtype):
     adapter = make_adapter(dtype=dtype, top_k=2, router_bias=True)
-    interop.write(adapter, tmp_path)
-    found = interop.inspect(tmp_path)
+    moe_lora_interop.write(adapter, tmp_path)
+    found = moe_lora_interop.inspect(tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     assert (found.dialect, found.config) == ("native", adapter.config)
     assert found.parameters == sum(t.size for t in stored.values())
@@ -71,11 +71,11 @@ def test_inspect_describes_the_file(tmp_path, dtype):
 
 def test_inspect_counts_bytes_of_every_dtype(tmp_path):
     edited(written(tmp_path), **{f"{PREFIX}{Q0}.moe_lora_A".replace(".", "__"): np.zeros((3, 2, 5), "float64")})
-    assert interop.inspect(tmp_path).bytes == sum(t.nbytes for t in load_file(tmp_path / WEIGHTS).values())
+    assert moe_lora_interop.inspect(tmp_path).bytes == sum(t.nbytes for t in load_file(tmp_path / WEIGHTS).values())
 
 
 def test_inspection_is_json_ready(tmp_path):
-    found = interop.inspect(written(tmp_path)).to_dict()
+    found = moe_lora_interop.inspect(written(tmp_path)).to_dict()
     back = json.loads(json.dumps(found, allow_nan=False))
     assert back == found
     assert back["tensors"][f"{PREFIX}{Q0}.moe_lora_A"] == {"dtype": "F32", "shape": [3, 2, 5]}
@@ -87,20 +87,20 @@ def test_inspect_loads_no_tensor(tmp_path, monkeypatch):
             raise AssertionError("a tensor is read")
 
     written(tmp_path)
-    monkeypatch.setattr(interop.files, "opened", lambda path, what: HeaderOnly(io.FileIO(path)))
-    assert len(interop.inspect(tmp_path).tensors) == 12
+    monkeypatch.setattr(moe_lora_interop.disk.files, "opened", lambda path, what: HeaderOnly(io.FileIO(path)))
+    assert len(moe_lora_interop.inspect(tmp_path).tensors) == 12
     with pytest.raises(AssertionError, match="a tensor is read"):
-        interop.read(tmp_path)  # the trap works
+        moe_lora_interop.read(tmp_path)  # the trap works
 
 
 def test_inspect_refuses_what_it_does_not_know(tmp_path):
     with pytest.raises(CheckpointError):
-        interop.inspect(tmp_path)
+        moe_lora_interop.inspect(tmp_path)
     written(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     (tmp_path / CONFIG).write_text(json.dumps({**config, "r": 0}))
     with pytest.raises(ConfigError, match="r: found 0"):
-        interop.inspect(tmp_path)
+        moe_lora_interop.inspect(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_inspect_refuses_what_it_does_not_know(tmp_path):
     ids=str,
 )
 def test_the_routing_rule_in_words(tmp_path, fields, words):
-    routing = interop.inspect(written(tmp_path, **fields)).routing
+    routing = moe_lora_interop.inspect(written(tmp_path, **fields)).routing
     assert all(word in routing for word in words), routing
 
 
@@ -125,7 +125,7 @@ def test_the_routing_rule_in_words(tmp_path, fields, words):
 
 
 def test_a_sound_adapter_has_no_findings(tmp_path):
-    assert interop.verify(written(tmp_path)) == []
+    assert moe_lora_interop.verify(written(tmp_path)) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -138,7 +138,7 @@ def test_values_that_are_not_finite_are_errors(tmp_path, dtype, value, count):
         return tensor
 
     change(tmp_path, V0, "A", spoil)
-    (error,) = messages(interop.verify(tmp_path), "error")
+    (error,) = messages(moe_lora_interop.verify(tmp_path), "error")
     assert f"{V0} lora_A: {count} of 30 values" in error
 
 
@@ -151,35 +151,35 @@ def test_signalling_nans_are_found_without_a_warning(tmp_path, dtype, bits):
         return tensor
 
     change(tmp_path, Q1, "B", spoil)
-    assert any(f"{Q1} lora_B: 1 of 36 values" in m for m in messages(interop.verify(tmp_path), "error"))
+    assert any(f"{Q1} lora_B: 1 of 36 values" in m for m in messages(moe_lora_interop.verify(tmp_path), "error"))
 
 
 def test_an_adapter_that_does_nothing_is_noted(tmp_path):
     written(tmp_path)
     for module in SHAPES:
         change(tmp_path, module, "B", np.zeros_like)
-    findings = interop.verify(tmp_path)
+    findings = moe_lora_interop.verify(tmp_path)
     assert messages(findings, "error") == []
     assert any("every lora_B is zero" in m for m in messages(findings, "note"))
     change(tmp_path, Q0, "B", np.ones_like)
-    assert not any("zero" in f.message for f in interop.verify(tmp_path))
+    assert not any("zero" in f.message for f in moe_lora_interop.verify(tmp_path))
 
 
 def test_a_missing_digest_is_noted(tmp_path):
-    (finding,) = interop.verify(edited(written(tmp_path)))
+    (finding,) = moe_lora_interop.verify(edited(written(tmp_path)))
     assert finding.level == "note" and "no digest" in finding.message
 
 
 def test_unknown_metadata_are_noted(tmp_path):
     edited(written(tmp_path), metadata={"format": "pt", "author": "me", "z": "1"})
-    notes = messages(interop.verify(tmp_path), "note")
+    notes = messages(moe_lora_interop.verify(tmp_path), "note")
     assert any("'author'" in n and "'me'" in n for n in notes) and any("'z'" in n for n in notes)
     assert not any("'format'" in n for n in notes)
 
 
 def test_a_header_of_another_version_is_an_error(tmp_path):
     edited(written(tmp_path), metadata={"format": "pt", "format_version": "2"})
-    assert any("format_version" in m and "'2'" in m for m in messages(interop.verify(tmp_path), "error"))
+    assert any("format_version" in m and "'2'" in m for m in messages(moe_lora_interop.verify(tmp_path), "error"))
 
 
 def test_everything_that_read_refuses_is_a_list_of_errors(tmp_path):
@@ -187,35 +187,35 @@ def test_everything_that_read_refuses_is_a_list_of_errors(tmp_path):
     raw = bytearray((tmp_path / WEIGHTS).read_bytes())
     raw[-1] ^= 1
     (tmp_path / WEIGHTS).write_bytes(raw)
-    (finding,) = interop.verify(tmp_path)
+    (finding,) = moe_lora_interop.verify(tmp_path)
     assert finding.level == "error" and "digest" in finding.message
     stored = load_file(tmp_path / WEIGHTS)
     for name in [n for n in stored if n.endswith("moe_lora_A")]:
         del stored[name]
     save_file(stored, tmp_path / WEIGHTS)
-    findings = interop.verify(tmp_path)
+    findings = moe_lora_interop.verify(tmp_path)
     assert len(findings) == len(SHAPES) and all(f.level == "error" for f in findings)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file"])
 def test_what_is_no_checkpoint_is_an_error_and_no_exception(tmp_path, name):
     (tmp_path / "file").write_text("")
-    (finding,) = interop.verify(tmp_path / name)
+    (finding,) = moe_lora_interop.verify(tmp_path / name)
     assert isinstance(finding, Finding) and finding.level == "error" and name in finding.message
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_an_adapter_that_fits_its_base(tmp_path, shards):
     base = hf_base(tmp_path / "base", shards=shards)
-    assert interop.verify(written(tmp_path / "out"), base=base) == []
-    assert interop.verify(str(tmp_path / "out"), base=str(base)) == []
+    assert moe_lora_interop.verify(written(tmp_path / "out"), base=base) == []
+    assert moe_lora_interop.verify(str(tmp_path / "out"), base=str(base)) == []
 
 
 def test_every_mismatch_with_the_base_is_an_error(tmp_path):
     shapes = {**SHAPES, Q0: (5, 7), V0: (4, 3)}
     del shapes[Q1]
     base = hf_base(tmp_path / "base", shapes=shapes)
-    errors = messages(interop.verify(written(tmp_path / "out"), base=base), "error")
+    errors = messages(moe_lora_interop.verify(written(tmp_path / "out"), base=base), "error")
     assert len(errors) == 3
     for module, found, expected in ((Q0, "[6, 5]", "[7, 5]"), (V0, "[3, 5]", "[3, 4]")):
         assert any(m.startswith(module) and found in m and expected in m for m in errors)
@@ -231,15 +231,15 @@ def test_a_wrong_base_directory_is_an_error(tmp_path, kind):
         base.mkdir()
     if kind == "damaged":
         (base / "model.safetensors").write_bytes(b"\0" * 20)
-    findings = interop.verify(written(tmp_path / "out"), base=base)
+    findings = moe_lora_interop.verify(written(tmp_path / "out"), base=base)
     assert len(messages(findings, "error")) == 1 and "base" in findings[-1].message
 
 
 @pytest.mark.parametrize("name", ["loramoe/adapter", "moe_peft/mixlora", "xlora/depth2", "arrow/arrow", "mola/adapter"])
 def test_other_layouts_are_inspected_and_verified(name):
     peer = Peer(name)
-    found = interop.inspect(peer.directory, **peer.options)
-    assert found.dialect == interop.detect(peer.directory)
-    assert found.config == interop.read(peer.directory, **peer.options).config
+    found = moe_lora_interop.inspect(peer.directory, **peer.options)
+    assert found.dialect == moe_lora_interop.detect(peer.directory)
+    assert found.config == moe_lora_interop.read(peer.directory, **peer.options).config
     if not peer.options:
-        assert [f.level for f in interop.verify(peer.directory)] == ["note"]  # no digest
+        assert [f.level for f in moe_lora_interop.verify(peer.directory)] == ["note"]  # no digest

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import interop
-from interop import cli
+import moe_lora_interop
+from moe_lora_interop.cli import main as cli
 from tests.adapters import Q0, make_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +21,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def shell(*args, code=None):
-    """Runs `python -m interop.cli ARGS`, or `python -c code`."""
-    start = ["-m", "interop.cli", *map(str, args)] if code is None else ["-c", code, *map(str, args)]
+    """Runs `python -m moe_lora_interop.cli.main ARGS`, or `python -c code`."""
+    start = ["-m", "moe_lora_interop.cli.main", *map(str, args)] if code is None else ["-c", code, *map(str, args)]
     environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run([sys.executable, *start], capture_output=True, text=True, cwd=ROOT, env=environment)
 
@@ -30,13 +30,13 @@ def shell(*args, code=None):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "[bold]ädapter"
-    interop.write(make_adapter(base_model_name_or_path="org/[red]base", top_k=2), path)
+    moe_lora_interop.write(make_adapter(base_model_name_or_path="org/[red]base", top_k=2), path)
     return path
 
 
 @pytest.fixture
 def damaged(tmp_path):
-    interop.write(make_adapter(), tmp_path)
+    moe_lora_interop.write(make_adapter(), tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     stored[f"base_model.model.{Q0}.moe_lora_A"][:] = np.nan
     save_file(stored, tmp_path / WEIGHTS)
@@ -46,7 +46,7 @@ def damaged(tmp_path):
 def test_inspect_prints_every_tensor_and_the_base(adapter):
     done = shell("inspect", adapter)
     assert (done.returncode, done.stderr) == (0, "")
-    for name, info in interop.inspect(adapter).tensors.items():
+    for name, info in moe_lora_interop.inspect(adapter).tensors.items():
         (line,) = [line for line in done.stdout.splitlines() if f" {name} " in line]
         assert info.dtype in line and str(list(info.shape)) in line
     assert "org/[red]base" in done.stdout and "2 largest" in done.stdout
@@ -55,7 +55,7 @@ def test_inspect_prints_every_tensor_and_the_base(adapter):
 def test_inspect_json_is_the_inspection(adapter):
     done = shell("inspect", adapter, "--json")
     assert done.returncode == 0
-    assert json.loads(done.stdout) == interop.inspect(adapter).to_dict()
+    assert json.loads(done.stdout) == moe_lora_interop.inspect(adapter).to_dict()
 
 
 def test_verify_of_a_sound_adapter_exits_with_0(adapter):
@@ -72,7 +72,7 @@ def test_verify_of_a_damaged_adapter_exits_with_1(damaged):
 def test_verify_json(damaged, adapter):
     found = json.loads(shell("verify", damaged, "--json").stdout)
     assert found["sound"] is False
-    assert found["findings"] == [f.__dict__ for f in interop.verify(damaged)]
+    assert found["findings"] == [f.__dict__ for f in moe_lora_interop.verify(damaged)]
     done = shell("verify", adapter, "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"sound": True, "findings": []})
 
@@ -133,7 +133,7 @@ class Block:
         if name.partition(".")[0] in {"jax", "jaxlib", "flax", "torch", "transformers", "peft", "optax"}:
             raise ImportError(f"{name} was imported")
 sys.meta_path.insert(0, Block())
-from interop.cli import main
+from moe_lora_interop.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -145,12 +145,12 @@ def test_inspect_and_verify_need_no_framework(adapter, verb):
 
 
 def test_the_block_on_frameworks_works():
-    done = shell(code=NO_FRAMEWORK.replace("from interop.cli import main", "import jax"))
+    done = shell(code=NO_FRAMEWORK.replace("from moe_lora_interop.cli.main import main", "import jax"))
     assert done.returncode == 1 and "jax was imported" in done.stderr
 
 
 def test_a_reader_that_stops_early_gets_no_traceback(adapter):
-    command = f'"{sys.executable}" -m interop.cli inspect "{adapter}" --json | head -c 1'
+    command = f'"{sys.executable}" -m moe_lora_interop.cli.main inspect "{adapter}" --json | head -c 1'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("{", "")
 
@@ -190,7 +190,9 @@ def test_the_exit_code_is_what_the_verb_returns(monkeypatch, returned, code):
     assert run(monkeypatch, verb, "--number", "5") == code
 
 
-@pytest.mark.parametrize("error", [interop.CheckpointError("bad", ["a: b"]), interop.ConfigError("bad", ["a: b"])])
+@pytest.mark.parametrize(
+    "error", [moe_lora_interop.CheckpointError("bad", ["a: b"]), moe_lora_interop.ConfigError("bad", ["a: b"])]
+)
 def test_errors_about_data_exit_with_2(monkeypatch, capsys, error):
     def verb() -> int:
         raise error

@@ -11,12 +11,12 @@ from flax import nnx
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
-from interop import verbs_convert
-from interop.combine import combine
-from interop.prototypes import prototypes
-from moe_lora_jax.combine import combine as combine_on_model
+from moe_lora_interop.checkpoint.prototypes import prototypes
+from moe_lora_interop.cli import convert as verbs_convert
+from moe_lora_interop.export.combining import combine
+from moe_lora_jax.adapters.checkpoint import combine as combine_on_model
 from tests.export_truth import IDS, base_logits, deltas_of, merged_logits, torch_base
 from tests.peers_data import ROOT
 
@@ -131,8 +131,8 @@ def test_config_of_the_mixture(tmp_path):
     config = combine(paths).config
     assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == ([2, 4], 8, 0.1, "CAUSAL_LM")
     assert config.base_model_name_or_path == "org/base" and config.target_modules == combine(paths).modules
-    interop.write(combine(paths), tmp_path / "out")
-    assert interop.read(tmp_path / "out").config == config
+    moe_lora_interop.write(combine(paths), tmp_path / "out")
+    assert moe_lora_interop.read(tmp_path / "out").config == config
 
 
 def test_the_same_adapter_may_be_two_experts(tmp_path):
@@ -152,7 +152,7 @@ def test_dtypes_that_differ_become_float32(tmp_path):
 
 def test_missing_modules(tmp_path):
     paths = two(tmp_path, {"target_modules": ["q_proj"]}, {"r": 2})
-    with pytest.raises(interop.CheckpointError) as error:
+    with pytest.raises(moe_lora_interop.CheckpointError) as error:
         combine(paths)
     assert len(error.value.problems) == 2
     assert "a: has no model.layers.0.mlp.down_proj" in error.value.problems[0]
@@ -166,7 +166,9 @@ def test_different_bases(tmp_path):
     paths = two(tmp_path)
     config = json.loads((paths[1] / "adapter_config.json").read_text())
     (paths[1] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
-    with pytest.raises(interop.CheckpointError, match="base model 'org/other'; the adapters must be for the same"):
+    with pytest.raises(
+        moe_lora_interop.CheckpointError, match="base model 'org/other'; the adapters must be for the same"
+    ):
         combine(paths)
     assert combine(paths, allow_different_bases=True).config.base_model_name_or_path == "org/base"
     (paths[1] / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
@@ -179,7 +181,9 @@ def test_sizes_that_differ(tmp_path):
     save_file(
         {n: t[:, :-1].copy() if n.endswith("q_proj.lora_A.weight") else t for n, t in load_file(file).items()}, file
     )
-    with pytest.raises(interop.CheckpointError, match=r"q_proj has in, out = \(31, 32\), .*a has \(32, 32\)") as error:
+    with pytest.raises(
+        moe_lora_interop.CheckpointError, match=r"q_proj has in, out = \(31, 32\), .*a has \(32, 32\)"
+    ) as error:
         combine(paths)
     assert len(error.value.problems) == 2
 
@@ -198,13 +202,13 @@ def test_sizes_that_differ(tmp_path):
 )
 def test_what_is_no_plain_lora_is_refused_by_name(fields, name, tmp_path):
     paths = two(tmp_path, fields)
-    with pytest.raises(interop.CheckpointError, match=rf"a: {name}: found"):
+    with pytest.raises(moe_lora_interop.CheckpointError, match=rf"a: {name}: found"):
         combine(paths)
 
 
 def test_all_bad_directories_are_listed(tmp_path):
     (good,) = two(tmp_path)[:1]
-    with pytest.raises(interop.CheckpointError) as error:
+    with pytest.raises(moe_lora_interop.CheckpointError) as error:
         combine([tmp_path / "x", good, ROOT / "xlora" / "depth2", tmp_path / "y"])
     text = "\n".join(error.value.problems)
     assert all(name in text for name in ("/x: ", "/y: ", "depth2")) and f"{good}:" not in text
@@ -219,12 +223,12 @@ def test_all_bad_directories_are_listed(tmp_path):
     ],
 )
 def test_wrong_arguments(arguments, reason, tmp_path):
-    with pytest.raises(interop.ConfigError, match=reason):
+    with pytest.raises(moe_lora_interop.ConfigError, match=reason):
         combine(two(tmp_path), **arguments)
 
 
 def test_one_directory_is_no_mixture(tmp_path):
-    with pytest.raises(interop.ConfigError, match="found 1, expected at least two"):
+    with pytest.raises(moe_lora_interop.ConfigError, match="found 1, expected at least two"):
         combine([tmp_path])
 
 
@@ -233,10 +237,10 @@ def test_the_verb(tmp_path, capsys):
     args = [*map(str, paths), str(tmp_path / "out"), "--router", "arrow", "--top-k", "1"]
     tyro.cli(verbs_convert.combine, args=args)
     assert "2 experts on 4 modules, router arrow" in capsys.readouterr().out
-    assert interop.read(tmp_path / "out").config.scoring_func == "abs_softmax"
-    with pytest.raises(interop.CheckpointError, match="not empty"):
+    assert moe_lora_interop.read(tmp_path / "out").config.scoring_func == "abs_softmax"
+    with pytest.raises(moe_lora_interop.CheckpointError, match="not empty"):
         tyro.cli(verbs_convert.combine, args=args)
-    with pytest.raises(interop.ConfigError, match="expected LORA_DIR LORA_DIR ... DST"):
+    with pytest.raises(moe_lora_interop.ConfigError, match="expected LORA_DIR LORA_DIR ... DST"):
         tyro.cli(verbs_convert.combine, args=args[:2])
-    interop.convert(tmp_path / "out", tmp_path / "arrow", to="arrow")
-    assert interop.detect(tmp_path / "arrow") == "arrow"
+    moe_lora_interop.convert(tmp_path / "out", tmp_path / "arrow", to="arrow")
+    assert moe_lora_interop.detect(tmp_path / "arrow") == "arrow"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from interop import ConfigError, MoeLoraConfig
+from moe_lora_interop import ConfigError, MoeLoraConfig
 
 NAN, INF = float("nan"), float("inf")
 NOT_BOOL = (None, 0, 1, "true", [])

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from interop.errors import CheckpointError
+from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.train.batches import TrainBatches, bucket_lengths, collate, eval_batches
 from moe_lora_jax.train.data import Example, read_data, split_by, split_data
 from moe_lora_jax.train.errors import DataError

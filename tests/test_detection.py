@@ -5,13 +5,13 @@ import contextlib
 import numpy as np
 import pytest
 
-import interop
-from interop import torch_files
-from interop.dialects.lora import PLAIN_LORA
-from interop.registry import dialect_named, file_dialects, register_dialect
-from interop.rules import decode
-from interop.samples import sample
-from interop.storage import open_directory, store
+import moe_lora_interop
+from moe_lora_interop.checkpoint.directory import open_directory, store
+from moe_lora_interop.dialects.lora import PLAIN_LORA
+from moe_lora_interop.dialects.registry import dialect_named, file_dialects, register_dialect
+from moe_lora_interop.disk import torch_files
+from moe_lora_interop.rules.tensors import decode
+from tools.samples import sample
 
 register_dialect(PLAIN_LORA)
 LAYERS, HIDDEN, INTER, E, R = 32, 4096, 11008, 8, 8
@@ -253,7 +253,7 @@ def test_a_missing_router_is_named():
 
 def written(layout, tmp_path, change):
     """A sample in a layout, with its stored tensors changed by `change(tensors)` before they are written."""
-    interop.write(sample(layout), tmp_path / "good", layout)
+    moe_lora_interop.write(sample(layout), tmp_path / "good", layout)
     table = dialect_named(layout)
     stored = open_directory(tmp_path / "good", table if table.folders else None, {})
     with contextlib.ExitStack() as sources:
@@ -334,32 +334,32 @@ M = "1.self_attn.q_proj"
 def test_near_misses_are_refused_with_every_reason(layout, change, reasons, tmp_path):
     bad = written(layout, tmp_path, change)
     options = {"top_k": [1, 2]} if layout == "mola" else {}
-    with pytest.raises((interop.CheckpointError, interop.ConfigError)) as error:
-        interop.read(bad, **options)
+    with pytest.raises((moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError)) as error:
+        moe_lora_interop.read(bad, **options)
     for reason in reasons:
         assert reason in str(error.value)
 
 
 def test_unequal_expert_counts_without_a_pattern(tmp_path):
     change = drop(*(f"0.self_attn.{p}_proj.lora_{ab}.3.weight" for p in "qv" for ab in "AB"))
-    with pytest.raises(interop.CheckpointError) as error:
-        interop.read(written("mole", tmp_path, change))
+    with pytest.raises(moe_lora_interop.CheckpointError) as error:
+        moe_lora_interop.read(written("mole", tmp_path, change))
     assert len([p for p in error.value.problems if p.endswith("missing tensor")]) >= 4
 
 
 @pytest.mark.parametrize("kind", ["lora_A", "lora_B"])
 def test_aliases_that_disagree(kind, tmp_path):
     adapter = sample("moelora")
-    interop.write(adapter, tmp_path, "moelora", duplicates=True)
-    assert interop.read(tmp_path).modules == adapter.modules
+    moe_lora_interop.write(adapter, tmp_path, "moelora", duplicates=True)
+    assert moe_lora_interop.read(tmp_path).modules == adapter.modules
     tensors = torch_files.read(tmp_path / "adapter_model.bin")
     alias = f"base_model.model.model.layers.{M}.{kind}.{kind.replace('_', '')}.2.weight"
     tensors[alias] = tensors[alias] + np.float32(1e-3)
     torch_files.write(tmp_path / "adapter_model.bin", tensors)
     with pytest.raises(
-        interop.CheckpointError, match=f"of model.layers.{M}: differs from the tensor that it duplicates"
+        moe_lora_interop.CheckpointError, match=f"of model.layers.{M}: differs from the tensor that it duplicates"
     ):
-        interop.read(tmp_path)
+        moe_lora_interop.read(tmp_path)
 
 
 def test_decoding_a_manifest_finds_every_module_once():

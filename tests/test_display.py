@@ -12,19 +12,24 @@ import moe_lora_jax as mlj
 # hidden size 32, feed-forward 48; 3 experts of rank 2
 A, B, ROUTER = 3 * 2 * 32, 3 * 2 * 32, 3 * 32
 LINEAR = {
-    "top_k": ({"top_k": 2}, "3 experts of rank 2, scaling 2", A + B + ROUTER, "softmax(z), top_k 2, renormalised"),
+    "top_k": (
+        {"top_k": 2},
+        "3 experts of rank 2, scaling 2",
+        A + B + ROUTER,
+        "p = softmax(z), keep the 2 largest, divided by their sum",
+    ),
     "shared A": (
         {"shared_lora_A": True},
         "3 experts of rank 2, one shared A, scaling 2",
         A // 3 + B + ROUTER,
-        "all kept",
+        "keep all",
     ),
-    "ranks": ({"r": [2, 1, 2]}, "3 experts of rank [2, 1, 2], scaling [2, 4, 2]", A + B + ROUTER, "all kept"),
+    "ranks": ({"r": [2, 1, 2]}, "3 experts of rank [2, 1, 2], scaling [2, 4, 2]", A + B + ROUTER, "keep all"),
     "threshold": (
         {"threshold": 0.5, "adaptive_threshold": True, "scoring_func": "sigmoid", "norm_topk_prob": False},
         "3 experts of rank 2, scaling 2",
         A + B + ROUTER + 32 + 1,
-        "sigmoid(z), threshold 0.5 * sigmoid(w.x + c), not renormalised",
+        "p = sigmoid(z), keep those with p >= tau = 0.5 * sigmoid(w.x + c), tau subtracted, not renormalised",
     ),
     "plain": ({"num_experts": 1}, "one expert of rank 2 (plain LoRA), scaling 2", (A + B) // 3, None),
     "model": ({"scope": "model"}, "scaling 2; gates from the model's router", A + B, None),
@@ -68,7 +73,7 @@ def test_a_block(show):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"scope": "model"}, "the last hidden state -> 3 experts of every layer; softmax(z), all kept"),
+        ({"scope": "model"}, "the last hidden state -> 3 experts of every layer; p = softmax(z), keep all"),
         (
             {"scope": "model", "router_input": "task", "num_tasks": 5, "task_embedding_dim": 4},
             "the task ids -> 3 experts",
@@ -83,7 +88,9 @@ def test_routers_elsewhere(fields, words):
     model = applied(**fields)
     assert words in repr(model.moe_lora_router).splitlines()[0]
     if fields.get("scope") is None:
-        assert "router=TaskRouter( # 5 tasks -> 3 experts; softmax(z)" in repr(model.model.layers[0].self_attn.q_proj)
+        assert "router=TaskRouter( # 5 tasks -> 3 experts; p = softmax(z)" in repr(
+            model.model.layers[0].self_attn.q_proj
+        )
 
 
 def test_a_whole_model_shows_its_layers():

@@ -11,7 +11,8 @@ import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from interop import cli, registry
+from moe_lora_interop.cli import main as cli
+from moe_lora_interop.dialects import registry
 from tests.tiny_training import small_dirs  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def shell(example):
         command = shlex.split(line, comments=True)
         if command[:1] == ["moe-lora"]:
             if command[1] == "run":  # sets up and replaces a process
-                subprocess.run([sys.executable, "-m", "interop.cli", *command[1:]], check=True)
+                subprocess.run([sys.executable, "-m", "moe_lora_interop.cli.main", *command[1:]], check=True)
             else:
                 assert not cli.main(command[1:]), line
         elif command[:1] == ["make"]:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import interop
-from interop.export import export_lora, export_lora_experts, gates_from_file, uniform_gates
-from interop.gates import task_gates
-from interop.plain_lora import read_plain_lora
+import moe_lora_interop
+from moe_lora_interop.export import export_lora, export_lora_experts, gates_from_file, uniform_gates
+from moe_lora_interop.export.plain_lora import read_plain_lora
+from moe_lora_interop.export.task_gates import task_gates
 from tests.adapters import make_adapter
 from tests.export_truth import base_logits, deltas_of, merged_logits, stock_logits
 from tests.peers_data import BASES, READABLE, Peer
@@ -22,7 +22,7 @@ def base_of(peer):
 
 
 def read(peer):
-    return interop.read(peer.directory, **peer.options)
+    return moe_lora_interop.read(peer.directory, **peer.options)
 
 
 def close(found, expected, base):
@@ -136,13 +136,13 @@ def test_one_expert_of_whole_blocks_is_a_lora(tmp_path):
 
 def test_mixtures_of_whole_blocks_are_refused_with_the_reason(tmp_path):
     adapter = read(Peer("moe_peft/mixlora"))
-    with pytest.raises(interop.ConfigError, match="the activation stands between") as error:
+    with pytest.raises(moe_lora_interop.ConfigError, match="the activation stands between") as error:
         export_lora(adapter, tmp_path / "out", uniform_gates(adapter), "uniform")
     assert len(error.value.problems) == 6 and "gates [0.25, 0.25, 0.25, 0.25]" in error.value.problems[0]
     gates = uniform_gates(adapter)
     for number, module in enumerate(gates):  # one expert each, but not the same one in a block
         gates[module] = np.eye(4)[number % 3][None]
-    with pytest.raises(interop.ConfigError, match="the same in the whole block"):
+    with pytest.raises(moe_lora_interop.ConfigError, match="the same in the whole block"):
         export_lora(adapter, tmp_path / "out", gates, "a file")
     assert not (tmp_path / "out").exists()
 
@@ -166,20 +166,20 @@ def test_mixtures_of_whole_blocks_are_refused_with_the_reason(tmp_path):
 def test_wrong_gates(data, problem, tmp_path):
     adapter = make_adapter()
     (tmp_path / "gates.json").write_text(json.dumps(data))
-    with pytest.raises(interop.ConfigError, match=problem):
+    with pytest.raises(moe_lora_interop.ConfigError, match=problem):
         export_lora(adapter, tmp_path / "out", gates_from_file(adapter, tmp_path / "gates.json"), "a file")
 
 
 def test_a_missing_gate_file_and_a_used_target(tmp_path):
     adapter = make_adapter()
-    with pytest.raises(interop.CheckpointError, match="nothing.json"):
+    with pytest.raises(moe_lora_interop.CheckpointError, match="nothing.json"):
         gates_from_file(adapter, tmp_path / "nothing.json")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     for export in (export_lora_experts, lambda a, d: export_lora(a, d, uniform_gates(a), "uniform")):
-        with pytest.raises(interop.CheckpointError, match="not empty"):
+        with pytest.raises(moe_lora_interop.CheckpointError, match="not empty"):
             export(adapter, tmp_path / "out")
-        with pytest.raises(interop.CheckpointError, match="found a file"):
+        with pytest.raises(moe_lora_interop.CheckpointError, match="found a file"):
             export(adapter, tmp_path / "out" / "x")
 
 
@@ -187,7 +187,8 @@ def test_modules_to_save_are_refused(tmp_path):
     adapter = make_adapter(modules_to_save=["lm_head"])
     for export in (export_lora_experts, lambda a, d: export_lora(a, d, uniform_gates(a), "uniform")):
         with pytest.raises(
-            (interop.CheckpointError, interop.ConfigError), match=r"modules_to_save: found \['lm_head'\]"
+            (moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError),
+            match=r"modules_to_save: found \['lm_head'\]",
         ):
             export(adapter, tmp_path / "out")
 

@@ -13,11 +13,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
-from interop.export import export_mixtral
-from interop.export.sharded import Planned, shard_writers
-from interop.files import TensorInfo, read_tensors
+from moe_lora_interop.disk.files import TensorInfo, read_tensors
+from moe_lora_interop.export import export_mixtral
+from moe_lora_interop.export.mixtral import Planned, shard_writers
 from tests.adapters import assert_same_tensors
 from tests.hf import Saved, save_model
 from tests.peers_data import ROOT, Peer
@@ -42,7 +42,7 @@ def make(base, seed=0, **fields):
         (module, role): rng.normal(size=t.shape).astype("f4") if role.startswith("router") else t
         for (module, role), t in adapter.tensors.items()
     }
-    return interop.Adapter(adapter.config, tensors)
+    return moe_lora_interop.Adapter(adapter.config, tensors)
 
 
 def jax_logits(base, adapter=None):
@@ -104,7 +104,7 @@ def test_every_base_that_maps(case, saved, tmp_path):
 
 def test_mixlora_of_the_peer_gives_the_peers_own_logits(tmp_path):
     peer = Peer("moe_peft/mixlora")
-    export_mixtral(interop.read(peer.directory), peer.base, tmp_path / "out")
+    export_mixtral(moe_lora_interop.read(peer.directory), peer.base, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         found = model(torch.as_tensor(peer.reference["input_ids"])).logits.numpy()
@@ -117,7 +117,7 @@ def test_plain_lora_on_a_projection_is_in_every_expert(tmp_path):
         (module, role): np.repeat(t, 4, axis=0) if module.endswith("up_proj") else t
         for (module, role), t in plain.tensors.items()
     }
-    same = interop.Adapter(dataclasses.replace(plain.config, num_experts_pattern={}), tensors)
+    same = moe_lora_interop.Adapter(dataclasses.replace(plain.config, num_experts_pattern={}), tensors)
     export_mixtral(plain, GQA, tmp_path / "plain")
     export_mixtral(same, GQA, tmp_path / "same")
     assert_same_tensors(*(load_file(tmp_path / d / "model.safetensors") for d in ("plain", "same")))
@@ -173,7 +173,7 @@ def test_the_dtype_is_the_bases_own_or_the_one_asked_for(saved, tmp_path):
     export_mixtral(adapter, base, tmp_path / "wide", dtype="float32")
     wide = read_tensors(tmp_path / "wide" / "model.safetensors")
     np.testing.assert_array_equal(wide[key], exact)
-    with pytest.raises(interop.CheckpointError, match="dtype: found 'int8'"):
+    with pytest.raises(moe_lora_interop.CheckpointError, match="dtype: found 'int8'"):
         export_mixtral(adapter, base, tmp_path / "no", dtype="int8")
 
 
@@ -196,7 +196,7 @@ REFUSED = {
 def test_mixtures_that_are_no_mixtral(case, tmp_path):
     fields, reason = REFUSED[case]
     adapter = make(GQA, **fields)
-    with pytest.raises(interop.CheckpointError, match=reason):
+    with pytest.raises(moe_lora_interop.CheckpointError, match=reason):
         export_mixtral(adapter, GQA, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -204,8 +204,8 @@ def test_mixtures_that_are_no_mixtral(case, tmp_path):
 def test_all_reasons_are_listed(tmp_path):
     adapter = make(GQA, router_bias=True, scoring_func="sigmoid", norm_topk_prob=False)
     config = dataclasses.replace(adapter.config, modules_to_save=["lm_head"])
-    with pytest.raises(interop.CheckpointError) as error:
-        export_mixtral(interop.Adapter(config, adapter.tensors), GQA, tmp_path / "out")
+    with pytest.raises(moe_lora_interop.CheckpointError) as error:
+        export_mixtral(moe_lora_interop.Adapter(config, adapter.tensors), GQA, tmp_path / "out")
     assert [p.split(":")[0] for p in error.value.problems] == [
         "router_bias",
         "scoring_func",
@@ -228,7 +228,7 @@ def test_all_reasons_are_listed(tmp_path):
 )
 def test_bases_that_do_not_map(case, reason, saved, tmp_path):
     adapter = make(GQA)
-    with pytest.raises(interop.CheckpointError, match=reason):
+    with pytest.raises(moe_lora_interop.CheckpointError, match=reason):
         export_mixtral(adapter, saved(case)[1], tmp_path / "out")
 
 
@@ -241,7 +241,7 @@ def test_bases_with_other_fields_or_tensors(saved, tmp_path):
     tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
     del tensors["model.norm.weight"]
     write()
-    with pytest.raises(interop.CheckpointError) as error:
+    with pytest.raises(moe_lora_interop.CheckpointError) as error:
         export_mixtral(adapter, base, tmp_path / "out")
     assert [p.removeprefix("base: ").split(":")[0] for p in error.value.problems] == [
         "quantization_config",
@@ -253,14 +253,14 @@ def test_bases_with_other_fields_or_tensors(saved, tmp_path):
         config.update(num_hidden_layers=layers)
         write()
         with pytest.raises(
-            interop.CheckpointError, match=f"num_hidden_layers: found {layers}, expected a number from 1"
+            moe_lora_interop.CheckpointError, match=f"num_hidden_layers: found {layers}, expected a number from 1"
         ):
             export_mixtral(adapter, base, tmp_path / "out")
 
 
 def test_a_base_of_other_sizes(saved, tmp_path):
     adapter = make(GQA)
-    with pytest.raises(interop.CheckpointError, match=r"\[out, in\] = \[64, 32\], the base has \[48, 32\]"):
+    with pytest.raises(moe_lora_interop.CheckpointError, match=r"\[out, in\] = \[64, 32\], the base has \[48, 32\]"):
         export_mixtral(adapter, saved("llama")[1], tmp_path / "out")
 
 
@@ -294,7 +294,7 @@ def test_damaged_bases(damage, saved, tmp_path):
         "outside": "is not a file name",
         "shard": "model-00002-of-00003.safetensors: Error while deserializing header",
     }[damage]
-    with pytest.raises(interop.CheckpointError, match=reason):
+    with pytest.raises(moe_lora_interop.CheckpointError, match=reason):
         export_mixtral(adapter, base, tmp_path / "out")
 
 
@@ -304,8 +304,8 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("interop.export.mixtral.BaseModel.read", fail)
-    with pytest.raises(interop.CheckpointError, match="disk full"):
+    monkeypatch.setattr("moe_lora_interop.export.mixtral.BaseModel.read", fail)
+    with pytest.raises(moe_lora_interop.CheckpointError, match="disk full"):
         export_mixtral(adapter, GQA, tmp_path / "out")
     assert not list(tmp_path.rglob("*.safetensors"))
 

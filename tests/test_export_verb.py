@@ -9,18 +9,18 @@ import tyro
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
-from interop import verbs_export
-from interop.plain_lora import read_plain_lora
-from interop.verbs_export import export
+from moe_lora_interop.cli import export as verbs_export
+from moe_lora_interop.cli.export import export
+from moe_lora_interop.export.plain_lora import read_plain_lora
 from moe_lora_jax.train.data import read_data
 from moe_lora_jax.train.tokenizer import load_tokenizer
 from tests.adapters import make_adapter
 from tests.hf import make_model, save_model
 from tests.peers_data import Peer
 
-MEASURES = {name: f"moe_lora_jax.gate_statistics:{name}" for name in ("mean_gates", "export_report")}
+MEASURES = {name: f"moe_lora_jax.measure.export_report:{name}" for name in ("mean_gates", "export_report")}
 
 
 WORDS = [f"w{n}" for n in range(60)]
@@ -71,7 +71,7 @@ def test_mean_gates_are_the_averages_over_real_tokens(made, kind, tmp_path, caps
     shown = capsys.readouterr().out
     assert "every token gets the same gates (means on" in shown and "against the full mixture" in shown
 
-    adapter = interop.read(made / kind)
+    adapter = moe_lora_interop.read(made / kind)
     model = mlj.load_adapter(mlj.load_base_model(made / "base"), adapter)
     examples = read_data(made / "data.jsonl", load_tokenizer(made / "base"), max_length=512).examples
     assert len({len(e.ids) for e in examples}) > 1  # some are padded in a batch
@@ -163,7 +163,7 @@ def test_a_foreign_layout_with_options(tmp_path, capsys):
     ],
 )
 def test_wrong_arguments(args, problems, tmp_path):
-    with pytest.raises(interop.ConfigError) as error:
+    with pytest.raises(moe_lora_interop.ConfigError) as error:
         run(tmp_path / "no", tmp_path / "out", *args)
     assert len(error.value.problems) == len(problems)
     assert all(p.startswith(start) for p, start in zip(error.value.problems, problems, strict=True))
@@ -180,13 +180,13 @@ def test_wrong_arguments(args, problems, tmp_path):
 )
 def test_gates_that_do_not_fit(made, kind, args, reason, tmp_path):
     measured = ["--base", made / "base", "--data", made / "data.jsonl"]
-    with pytest.raises(interop.ConfigError, match=reason):
+    with pytest.raises(moe_lora_interop.ConfigError, match=reason):
         run(made / kind, tmp_path / "out", "--as", "lora", *args, *measured)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_the_measuring_package(tmp_path, monkeypatch):
-    interop.write(make_adapter(), tmp_path / "in")
+    moe_lora_interop.write(make_adapter(), tmp_path / "in")
     args = [
         tmp_path / "in",
         tmp_path / "out",
@@ -200,9 +200,9 @@ def test_without_the_measuring_package(tmp_path, monkeypatch):
         tmp_path,
     ]
     monkeypatch.setattr(verbs_export, "entry_points", lambda group: [])
-    with pytest.raises(interop.CheckpointError, match="needs the package 'moe_lora_jax'"):
+    with pytest.raises(moe_lora_interop.CheckpointError, match="needs the package 'moe_lora_jax'"):
         run(*args)
     broken = EntryPoint("mean_gates", "no_such_package.x:y", verbs_export.GROUP)
     monkeypatch.setattr(verbs_export, "entry_points", lambda group: [broken])
-    with pytest.raises(interop.CheckpointError, match="needs the package 'no_such_package'"):
+    with pytest.raises(moe_lora_interop.CheckpointError, match="needs the package 'no_such_package'"):
         run(*args)

@@ -10,9 +10,9 @@ import pytest
 from safetensors import numpy as st_numpy
 from safetensors import safe_open
 
-from interop import CheckpointError
-from interop.atomic import replace_files
-from interop.files import existing_directory, read_header, read_json, read_tensors, write_tensors
+from moe_lora_interop import CheckpointError
+from moe_lora_interop.disk.atomic import replace_files
+from moe_lora_interop.disk.files import existing_directory, read_header, read_json, read_tensors, write_tensors
 from tests.adapters import assert_same_tensors, random_bits
 
 DTYPES = ["float32", "bfloat16", "float16"]

@@ -1,4 +1,4 @@
-"""interop/FORMAT.md against the code: tables, digest, presence rules, example."""
+"""interop/moe_lora_interop/FORMAT.md against the code: tables, digest, presence rules, example."""
 
 import dataclasses
 import json
@@ -11,17 +11,17 @@ import xxhash
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-import interop
-from interop.config import BOOKKEEPING, FORMAT_VERSION
-from interop.dialects import NATIVE
-from interop.files import read_tensors
-from interop.presence import DTYPES
-from interop.rules import AXES
-from interop.samples import SAMPLES, random_adapter, sample
-from interop.validation import FIELD_RULES
+import moe_lora_interop
+from moe_lora_interop.checkpoint.implied_tensors import DTYPES
+from moe_lora_interop.config.adapter_config import BOOKKEEPING, FORMAT_VERSION
+from moe_lora_interop.config.validation import FIELD_RULES
+from moe_lora_interop.dialects import NATIVE
+from moe_lora_interop.disk.files import read_tensors
+from moe_lora_interop.rules.tensors import AXES
 from tests.adapters import make_adapter
+from tools.samples import SAMPLES, random_adapter, sample
 
-DOC = (Path(interop.__file__).parent / "FORMAT.md").read_text("utf-8")
+DOC = (Path(moe_lora_interop.__file__).parent / "FORMAT.md").read_text("utf-8")
 
 
 def rows(header):
@@ -44,7 +44,7 @@ def test_every_axis_is_explained():
 
 
 def test_the_config_table_is_the_config():
-    fields = {f.name: f for f in dataclasses.fields(interop.MoeLoraConfig)}
+    fields = {f.name: f for f in dataclasses.fields(moe_lora_interop.MoeLoraConfig)}
     table = rows("| field | default |")
     assert [name.strip("`") for name, *_ in table] == list(fields)
     for name, default, allowed, meaning in table:
@@ -56,7 +56,7 @@ def test_the_config_table_is_the_config():
 
 
 def test_names_in_the_text_exist():
-    known = {f.name for f in dataclasses.fields(interop.MoeLoraConfig)}
+    known = {f.name for f in dataclasses.fields(moe_lora_interop.MoeLoraConfig)}
     text = DOC[DOC.index("Patterns are") : DOC.index("## 6")]
     words = set(re.findall(r"\b[a-z]+(?:_[a-zA-Z]+)+\b", text))
     assert words - known <= {"lora_alpha_e", "g_e", "s_e", "g_qe", "r_e", "sum_e"}, words - known
@@ -68,7 +68,7 @@ def test_names_in_the_text_exist():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_digest_follows_from_the_text(dtype, tmp_path):
     adapter = make_adapter(dtype=dtype, lora_alpha=[16, 16.5, 1e-7], rank_pattern={"é": 3}, base_model_name_or_path="x")
-    interop.write(adapter, tmp_path)
+    moe_lora_interop.write(adapter, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
     with safe_open(tmp_path / "adapter_model.safetensors", framework="numpy") as file:
         metadata = file.metadata()
@@ -125,7 +125,7 @@ def documented_tensors(config, modules, size_in, size_out):
 @pytest.mark.parametrize("name", SAMPLES)
 def test_presence_and_shapes_follow_from_the_text(name, tmp_path):
     adapter = sample(name)
-    interop.write(adapter, tmp_path)
+    moe_lora_interop.write(adapter, tmp_path)
     stored = {key: t.shape for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
     assert stored == documented_tensors(adapter.config, adapter.modules, 8, 12)
 
@@ -140,8 +140,8 @@ def test_a_table_of_logits_for_the_whole_model(tmp_path):
         "n_splits": 2,
     }
     modules = ["model.layers.0.self_attn.q_proj"]
-    config = interop.MoeLoraConfig(num_experts=4, r=2, target_modules=modules, **fields)
-    interop.write(random_adapter(config, modules), tmp_path)
+    config = moe_lora_interop.MoeLoraConfig(num_experts=4, r=2, target_modules=modules, **fields)
+    moe_lora_interop.write(random_adapter(config, modules), tmp_path)
     stored = {key: t.shape for key, t in load_file(tmp_path / "adapter_model.safetensors").items()}
     assert stored == documented_tensors(config, modules, 8, 12)
 
@@ -150,7 +150,7 @@ def test_the_example_is_an_adapter(tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", DOC, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "FORMAT.md", "exec"), {})
-    adapter = interop.read(tmp_path)
+    adapter = moe_lora_interop.read(tmp_path)
     assert (adapter.config.num_experts, adapter.config.r, adapter.modules) == (
         2,
         1,

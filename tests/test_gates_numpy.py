@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import interop
-from interop.gates import compute_gates, task_gates
-from moe_lora_jax.gating import Gating
-from moe_lora_jax.gating import compute_gates as jax_gates
+import moe_lora_interop
+from moe_lora_interop.export.task_gates import compute_gates, task_gates
+from moe_lora_jax.layers.gating import Gating
+from moe_lora_jax.layers.gating import compute_gates as jax_gates
 from tests.adapters import make_adapter
 from tests.peers_data import Peer
 
@@ -31,7 +31,7 @@ def test_numpy_and_jax_gates_are_equal(rule, seed):
     rule["adaptive_threshold"] &= "threshold" in select
     if not select and rule["scoring_func"] != "sigmoid":
         rule["norm_topk_prob"] = True
-    config = interop.MoeLoraConfig(num_experts=4, **rule, **select)
+    config = moe_lora_interop.MoeLoraConfig(num_experts=4, **rule, **select)
     rng = np.random.default_rng(seed)
     z = rng.integers(-3, 4, (7, 4)).astype(np.float32)  # with ties
     tau = rng.uniform(0, 0.6, (7, 1)).astype(np.float32) if config.adaptive_threshold else config.threshold
@@ -41,7 +41,7 @@ def test_numpy_and_jax_gates_are_equal(rule, seed):
 
 
 def test_the_formula_by_hand():
-    config = interop.MoeLoraConfig(num_experts=3, top_k=2)
+    config = moe_lora_interop.MoeLoraConfig(num_experts=3, top_k=2)
     weights = np.exp([2.0, 1.0])
     expected = [weights[0] / weights.sum(), 0, weights[1] / weights.sum()]
     np.testing.assert_allclose(compute_gates(np.array([2.0, -1.0, 1.0]), config, 2), expected)
@@ -49,24 +49,24 @@ def test_the_formula_by_hand():
 
 
 def test_a_task_needs_an_adapter_that_routes_by_task():
-    with pytest.raises(interop.ConfigError, match="the gates depend on the input"):
+    with pytest.raises(moe_lora_interop.ConfigError, match="the gates depend on the input"):
         task_gates(make_adapter(), [0])
 
 
 def test_task_ids_must_be_in_the_table():
     peer = Peer("poly/poly")
-    adapter = interop.read(peer.directory, **peer.options)
+    adapter = moe_lora_interop.read(peer.directory, **peer.options)
     tasks = adapter.config.num_tasks
-    with pytest.raises(interop.ConfigError) as error:
+    with pytest.raises(moe_lora_interop.ConfigError) as error:
         task_gates(adapter, [-1, tasks])
     assert error.value.problems == tuple(f"task: found {i}, expected an id from 0 to {tasks - 1}" for i in (-1, tasks))
-    with pytest.raises(interop.ConfigError, match="found no id"):
+    with pytest.raises(moe_lora_interop.ConfigError, match="found no id"):
         task_gates(adapter, [])
 
 
 def test_ids_that_all_mean_none_give_a_zero_row():
     peer = Peer("moelora/adapter")
-    adapter = interop.read(peer.directory, **peer.options)
+    adapter = moe_lora_interop.read(peer.directory, **peer.options)
     gates = task_gates(adapter, [0, 0])
     experts = adapter.config.num_experts
     assert gates.keys() == set(adapter.modules)

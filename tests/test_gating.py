@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from interop import ConfigError, MoeLoraConfig
-from moe_lora_jax.gating import Gating, compute_gates
+from moe_lora_interop import ConfigError, MoeLoraConfig
+from moe_lora_jax.layers.gating import Gating, compute_gates
 
 EXPERTS, TOKENS = 5, 32
 SELECTIONS = {

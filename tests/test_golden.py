@@ -18,8 +18,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 from test_peft_support import THIRD_PARTY_WARNINGS
 
-import interop
-import interop.peft_tuner  # noqa: F401  registers
+import moe_lora_interop
+import moe_lora_interop.peft_tuner  # noqa: F401  registers
 import moe_lora_jax as mlj
 from tests.golden.make import BASE, Recorder, main, manifest, summary
 from tests.golden.variants import NATIVE
@@ -39,8 +39,8 @@ class Golden:
         self.ids, self.logits, self.gates = (outputs[name] for name in ("ids", "logits", "gates"))
         self.task_ids = outputs.get("task_ids")
 
-    def read(self) -> interop.Adapter:
-        return interop.read(self.directory, **self.description["options"])
+    def read(self) -> moe_lora_interop.Adapter:
+        return moe_lora_interop.read(self.directory, **self.description["options"])
 
 
 NAMES = sorted(path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("*/*/golden.json"))
@@ -58,7 +58,7 @@ every_native_golden = pytest.mark.parametrize("golden", OURS, indirect=True)
 
 def test_there_is_one_for_every_layout_and_variant():
     layouts = {Path(name).name for name in NAMES if name.startswith("layouts/")} | {"native"}
-    assert layouts == {dialect.name for dialect in interop.registry.file_dialects()}
+    assert layouts == {dialect.name for dialect in moe_lora_interop.dialects.registry.file_dialects()}
     assert {Path(name).name for name in OURS} == NATIVE.keys()
 
 
@@ -72,7 +72,7 @@ def test_an_existing_one_is_never_written_again(capsys):
 @every_golden
 def test_it_is_read_as_it_was_written(golden, tally):
     assert manifest(golden.directory) == golden.description["stored"]
-    assert interop.detect(golden.directory) == golden.description["layout"]
+    assert moe_lora_interop.detect(golden.directory) == golden.description["layout"]
     adapter = golden.read()
     found = {f"{module}:{role}": summary(tensor) for (module, role), tensor in adapter.tensors.items()}
     assert found == golden.description["tensors"]
@@ -83,17 +83,21 @@ def test_it_is_read_as_it_was_written(golden, tally):
 def adapter_bookkeeping(adapter, golden):
     """What a layout's own program does not write is not compared, in other layouts than ours."""
     native = golden.description["layout"] == "native"
-    return {} if native else {name: getattr(adapter.config, name) for name in interop.config.BOOKKEEPING}
+    return (
+        {}
+        if native
+        else {name: getattr(adapter.config, name) for name in moe_lora_interop.config.adapter_config.BOOKKEEPING}
+    )
 
 
 @every_golden
 def test_written_again_it_is_the_same(golden, tmp_path):
     layout = golden.description["layout"]
-    interop.write(golden.read(), tmp_path, layout)
-    again = interop.read(tmp_path, layout, **golden.description["options"])
+    moe_lora_interop.write(golden.read(), tmp_path, layout)
+    again = moe_lora_interop.read(tmp_path, layout, **golden.description["options"])
     assert again.config == golden.read().config
     assert {f"{m}:{role}": summary(t) for (m, role), t in again.tensors.items()} == golden.description["tensors"]
-    if layout == "native" and golden.description["written_by"] == "interop":
+    if layout == "native" and golden.description["written_by"] == "moe_lora_interop":
         for name in FILES:
             assert (tmp_path / name).read_bytes() == (golden.directory / name).read_bytes(), name
 
@@ -108,7 +112,9 @@ def test_the_formula_and_jax_compute_what_they_did(golden):
 
     if any("float16" in summary for summary in golden.description["tensors"].values()):  # bfloat16 too
         tensors = {slot: tensor.astype(np.float32) for slot, tensor in adapter.tensors.items()}
-        model = mlj.load_adapter(mlj.load_base_model(BASE), interop.Adapter(adapter.config, tensors))  # see layers.py:
+        model = mlj.load_adapter(
+            mlj.load_base_model(BASE), moe_lora_interop.Adapter(adapter.config, tensors)
+        )  # see layers.py:
     else:  # the delta is computed in the dtype of A and B, and the formula in float64
         model = mlj.load_adapter(mlj.load_base_model(BASE), golden.directory, **golden.description["options"])
     tasks = {} if golden.task_ids is None else {"task_ids": jnp.asarray(golden.task_ids)}
@@ -140,7 +146,7 @@ def copy_with(golden, directory, **fields):
 
 
 def of_interop(directory):
-    interop.read(directory)
+    moe_lora_interop.read(directory)
 
 
 def of_jax(directory):
@@ -159,7 +165,9 @@ one = pytest.mark.parametrize("golden", ["native/minimal"], indirect=True)
 @readers
 def test_a_newer_version_is_refused_by_name(golden, read, tmp_path):
     directory = copy_with(golden, tmp_path, format_version=2, from_the_future=1, r="another meaning")
-    with pytest.raises(interop.ConfigError, match="upgrade moe-lora-jax to a release that reads version 2") as error:
+    with pytest.raises(
+        moe_lora_interop.ConfigError, match="upgrade moe-lora-jax to a release that reads version 2"
+    ) as error:
         read(directory)
     assert len(error.value.problems) == 1
 
@@ -167,7 +175,7 @@ def test_a_newer_version_is_refused_by_name(golden, read, tmp_path):
 @one
 @readers
 def test_an_unknown_field_of_a_known_version_is_refused(golden, read, tmp_path):
-    with pytest.raises(interop.ConfigError, match="from_the_future: unknown field with value 0"):
+    with pytest.raises(moe_lora_interop.ConfigError, match="from_the_future: unknown field with value 0"):
         read(copy_with(golden, tmp_path, from_the_future=0))
 
 
@@ -179,5 +187,5 @@ def test_a_null_field_of_a_newer_peft_is_not(golden, read, tmp_path):
 
 def test_every_field_of_pefts_own_config_is_known():
     """Or PEFT would write a field with a value, that reading refuses."""
-    ours = {field.name for field in dataclasses.fields(interop.MoeLoraConfig)}
+    ours = {field.name for field in dataclasses.fields(moe_lora_interop.MoeLoraConfig)}
     assert {field.name for field in dataclasses.fields(peft.PeftConfig)} <= ours

@@ -30,7 +30,7 @@ huggingface_hub.upload_folder(repo_id="user/saved", folder_path="saved")
 LOAD = """
 import peft, torch, transformers
 from test_peft_support import logits, tiny_llama
-import interop.peft_tuner
+import moe_lora_interop.peft_tuner
 again = peft.PeftModel.from_pretrained(tiny_llama(), "user/adapter").eval()
 base, found = logits(tiny_llama()), logits(again)
 assert not torch.equal(found, base)

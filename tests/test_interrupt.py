@@ -8,13 +8,13 @@ import time
 
 import numpy as np
 
-import interop
+import moe_lora_interop
 from tests.adapters import make_adapter
 
-RUN = "import sys; from interop.cli import main; sys.exit(main(sys.argv[1:]))"
+RUN = "import sys; from moe_lora_interop.cli.main import main; sys.exit(main(sys.argv[1:]))"
 SLOW = """
 import sys, time
-from interop import atomic
+from moe_lora_interop import atomic
 sync = atomic._sync
 def slow(path):
     print("writing", flush=True)
@@ -32,7 +32,7 @@ def start(*args, before=""):
 
 def test_an_interrupted_conversion_is_whole_or_absent(tmp_path, tries, tally):
     adapter, lost = make_adapter(top_k=2), 0
-    interop.write(adapter, tmp_path / "source")
+    moe_lora_interop.write(adapter, tmp_path / "source")
     count = tries(4, 40)
     for attempt in range(count):
         target = tmp_path / str(attempt)
@@ -46,7 +46,7 @@ def test_an_interrupted_conversion_is_whole_or_absent(tmp_path, tries, tally):
             assert "interrupted: nothing is left half-written; the same command starts again" in errors
         left = sorted(p.name for p in target.rglob("*")) if target.exists() else []
         if left:
-            found = interop.read(target)
+            found = moe_lora_interop.read(target)
             same = all(np.array_equal(found.tensors[slot], t) for slot, t in adapter.tensors.items())
             lost += not same or any(name.startswith(".") for name in left)
     tally("conversions interrupted by Ctrl-C", tried=count, lost=lost)

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from interop import MoeLoraConfig
+from moe_lora_interop import MoeLoraConfig
 from moe_lora_jax import MoeLoraLinear, MoeLoraParam, RouterOutput
-from moe_lora_jax.router import RouterRecord, router_product
+from moe_lora_jax.layers.router import RouterRecord, router_product
 from tests.toy import fast_rngs, linear
 
 IN, OUT, TOKENS = 6, 5, 7

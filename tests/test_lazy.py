@@ -8,14 +8,14 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import interop
-from interop import files, lazy
-from interop.checkpoint import opened
-from interop.dialects.loramoe import LORAMOE
-from interop.dialects.moe_peft import MOE_PEFT_LORAMOE
-from interop.errors import CheckpointError
-from interop.files import WEIGHTS_NAME, open_tensors, write_tensors
-from interop.registry import register_dialect
+import moe_lora_interop
+from moe_lora_interop.checkpoint.read_write import opened
+from moe_lora_interop.dialects.loramoe import LORAMOE
+from moe_lora_interop.dialects.moe_peft import MOE_PEFT_LORAMOE
+from moe_lora_interop.dialects.registry import register_dialect
+from moe_lora_interop.disk import files, lazy
+from moe_lora_interop.disk.files import WEIGHTS_NAME, open_tensors, write_tensors
+from moe_lora_interop.errors import CheckpointError
 from tests.adapters import assert_same_tensors, make_adapter, random_bits
 
 # two layouts with a tensor per expert, in files that need not be read as a whole
@@ -26,7 +26,7 @@ FFN = {f"model.layers.{n}.mlp.up_proj": (5, 6) for n in range(4)}
 
 @pytest.fixture
 def layouts(monkeypatch):
-    monkeypatch.setattr("interop.registry._registered", {})
+    monkeypatch.setattr("moe_lora_interop.dialects.registry._registered", {})
     for dialect in STREAMED:
         register_dialect(dialect)
     return [d.name for d in STREAMED]
@@ -92,32 +92,32 @@ def test_a_file_that_becomes_shorter_is_an_error_with_its_name(tmp_path):
 
 def test_a_save_changes_nothing_for_those_who_have_opened_the_files(tmp_path):
     old = make_adapter(seed=0)
-    interop.write(old, tmp_path)
+    moe_lora_interop.write(old, tmp_path)
     with opened(tmp_path) as adapter:
-        interop.write(make_adapter(seed=1), tmp_path)
+        moe_lora_interop.write(make_adapter(seed=1), tmp_path)
         assert_same_tensors({slot: np.asarray(t) for slot, t in adapter.tensors.items()}, old.tensors)
 
 
 def test_a_source_that_breaks_during_the_conversion_leaves_nothing(tmp_path, layouts, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "new" / "target"
-    interop.write(ffn_adapter({"model.layers.0.mlp.up_proj": (512, 512)}, r=32), source, layouts[0])
+    moe_lora_interop.write(ffn_adapter({"model.layers.0.mlp.up_proj": (512, 512)}, r=32), source, layouts[0])
 
     def write(adapter, *args, **kwargs):
         os.truncate(source / WEIGHTS_NAME, os.path.getsize(source / WEIGHTS_NAME) - 1)
-        interop.write(adapter, *args, **kwargs)
+        moe_lora_interop.write(adapter, *args, **kwargs)
 
-    monkeypatch.setattr("interop.conversion.write", write)
+    monkeypatch.setattr("moe_lora_interop.checkpoint.read_write.write", write)
     with pytest.raises(CheckpointError, match=f"{source}/{WEIGHTS_NAME}: .*shorter"):
-        interop.convert(source, target, dialect=layouts[0])
+        moe_lora_interop.convert(source, target, dialect=layouts[0])
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 def test_a_directory_may_be_converted_into_itself(tmp_path, layouts):
     adapter = ffn_adapter()
-    interop.write(adapter, tmp_path)
-    interop.convert(tmp_path, tmp_path, to=layouts[0])
-    interop.convert(tmp_path, tmp_path, dialect=layouts[0])
-    assert_same_tensors(interop.read(tmp_path).tensors, adapter.tensors)
+    moe_lora_interop.write(adapter, tmp_path)
+    moe_lora_interop.convert(tmp_path, tmp_path, to=layouts[0])
+    moe_lora_interop.convert(tmp_path, tmp_path, dialect=layouts[0])
+    assert_same_tensors(moe_lora_interop.read(tmp_path).tensors, adapter.tensors)
 
 
 class Counted(io.BufferedReader):
@@ -134,11 +134,11 @@ class Counted(io.BufferedReader):
 @pytest.mark.parametrize("target", ["native", STREAMED[1].name])
 def test_every_byte_is_read_once_and_once_more_for_the_digest(tmp_path, layouts, monkeypatch, source, target, times):
     adapter, counted = ffn_adapter(), []
-    interop.write(adapter, tmp_path / "source", source)
+    moe_lora_interop.write(adapter, tmp_path / "source", source)
     monkeypatch.setattr(Counted, "tensor_bytes", counted, raising=False)
     monkeypatch.setattr(files, "opened", lambda path, what: Counted(io.FileIO(path)))
     loss = ["router_aux_loss"]  # what is counted is the tensors
-    interop.convert(tmp_path / "source", tmp_path / "target", to=target, dialect=source, allow_loss=loss)
+    moe_lora_interop.convert(tmp_path / "source", tmp_path / "target", to=target, dialect=source, allow_loss=loss)
     assert sum(counted) == times * sum(t.nbytes for t in adapter.tensors.values())
 
 
@@ -146,12 +146,12 @@ def test_every_byte_is_read_once_and_once_more_for_the_digest(tmp_path, layouts,
 def test_a_conversion_has_a_few_tensors_in_memory_and_not_the_file(tmp_path, layouts, source, target):
     source, target = (layouts[n] if isinstance(n, int) else n for n in (source, target))
     adapter = ffn_adapter({f"model.layers.{n}.mlp.up_proj": (512, 512) for n in range(40)}, r=32, num_experts=4)
-    interop.write(adapter, tmp_path / "source", source)
+    moe_lora_interop.write(adapter, tmp_path / "source", source)
     largest, size = 4 * 32 * 512 * 4, os.path.getsize(tmp_path / "source" / WEIGHTS_NAME)
     del adapter
     tracemalloc.start()
     try:
-        interop.convert(
+        moe_lora_interop.convert(
             tmp_path / "source", tmp_path / "target", to=target, dialect=source, allow_loss=["router_aux_loss"]
         )
         peak = tracemalloc.get_traced_memory()[1]

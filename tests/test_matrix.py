@@ -1,20 +1,20 @@
-"""Every layout into every other, through files: `python -m interop.matrix`."""
+"""Every layout into every other, through files: `python -m tools.conversion_matrix`."""
 
 import pytest
 
-import interop
-from interop import matrix
-from interop.matrix import Cell, convert_once, details, table
-from interop.registry import file_dialects
-from interop.samples import SAMPLES, sample
+import moe_lora_interop
+from moe_lora_interop.dialects.registry import file_dialects
 from tests.peers_data import READABLE
+from tools import conversion_matrix as matrix
+from tools.conversion_matrix import Cell, convert_once, details, table
+from tools.samples import SAMPLES, sample
 
 # Writing needs a codec that does not exist for these values: codecs raise TypeError instead of naming the field.
 
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    monkeypatch.setattr("interop.atomic._sync", lambda path: None)
+    monkeypatch.setattr("moe_lora_interop.disk.atomic._sync", lambda path: None)
 
 
 def test_every_layout_has_a_sample():
@@ -30,8 +30,8 @@ def test_each_layout_converts_to_itself_and_to_native_exactly(layout):
 
 @pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 def test_each_peer_converts_to_its_own_layout_exactly(peer):
-    adapter = interop.read(peer.directory, **peer.options)
-    assert convert_once(adapter, interop.detect(peer.directory)) == Cell("exact")
+    adapter = moe_lora_interop.read(peer.directory, **peer.options)
+    assert convert_once(adapter, moe_lora_interop.detect(peer.directory)) == Cell("exact")
 
 
 @pytest.mark.parametrize(

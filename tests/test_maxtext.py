@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from interop.dialects import MAXTEXT, NATIVE
-from interop.rules import decode, encode
+from moe_lora_interop.dialects import MAXTEXT, NATIVE
+from moe_lora_interop.rules.tensors import decode, encode
 from tests.adapters import assert_same_tensors
 
 EMBED, LAYERS, HEADS, GROUPS, SIZE, RANK = 6, 3, 4, 2, 5, 2

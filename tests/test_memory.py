@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
-import interop
-from interop import cli, verbs
-from interop.errors import OutOfMemoryError
-from interop.memory import explained, is_out_of_memory
+import moe_lora_interop
+from moe_lora_interop.cli import inspect_verify as verbs
+from moe_lora_interop.cli import main as cli
+from moe_lora_interop.errors import OutOfMemoryError, explained, is_out_of_memory
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from tests.adapters import make_adapter
 
@@ -59,8 +59,8 @@ def test_generate(long, capfd):
 
 CONVERT = """
 import resource, sys
-import interop.verbs_convert, tyro, rich.progress
-from interop.cli import main
+import moe_lora_interop.cli.convert, tyro, rich.progress
+from moe_lora_interop.cli.main import main
 used = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**24,) * 2)
 sys.exit(main(sys.argv[1:]))
@@ -70,7 +70,7 @@ sys.exit(main(sys.argv[1:]))
 def test_convert(tmp_path):
     """In a process that gets 16 MB more than it has, with tensors of 64 MB."""
     config = {"r": 8, "num_experts": 8, "target_modules": ["q_proj"]}
-    interop.write(make_adapter({"model.layers.0.self_attn.q_proj": (2**18, 8)}, **config), tmp_path / "in")
+    moe_lora_interop.write(make_adapter({"model.layers.0.self_attn.q_proj": (2**18, 8)}, **config), tmp_path / "in")
     command = [sys.executable, "-c", CONVERT, "convert", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "native"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 3, done.stderr

@@ -14,11 +14,11 @@ from jax.sharding import AxisType, PartitionSpec
 from mesh_base import adapted, write_base
 
 import moe_lora_jax as mlj
-from interop.errors import ConfigError
+from moe_lora_interop.errors import ConfigError
+from moe_lora_jax.cli.train import train
 from moe_lora_jax.processes import connect
 from moe_lora_jax.sharding import RULES, mesh_of, shardings
 from moe_lora_jax.train import TrainSettings
-from moe_lora_jax.verbs.train import train
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 MESHES = ("mixed, scan", "data", "mixed", "fsdp", "tensor", "expert", "mixed, ffn", "mixed, model")

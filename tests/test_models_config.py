@@ -2,7 +2,7 @@
 
 import pytest
 
-from interop.errors import ConfigError
+from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models import DecoderConfig, RopeConfig, load_base_model
 from tests.hf import LLAMA3_ROPE, Saved
 

@@ -14,7 +14,7 @@ import torch
 from flax import nnx
 from safetensors.numpy import load_file
 
-from interop.errors import CheckpointError
+from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.models import load_base_model
 from tests.hf import VOCAB, Saved, make_model, save_model
 

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from interop import cli
-from moe_lora_jax.data.topics import sentences
-from moe_lora_jax.verbs import small_base
+from moe_lora_interop.cli import main as cli
+from moe_lora_jax.demo import small_base
+from moe_lora_jax.demo.topics import sentences
 from tests.tiny_training import small_dirs  # noqa: F401  a fixture
 
 TRAIN = "train --model base --data data.jsonl --output-dir new --steps 1"
@@ -123,4 +123,4 @@ def test_is_answered(mistake, furnished, monkeypatch, capfd):
 
 def test_the_import_is_forgotten_in_pytorch(furnished):
     """PEFT's own words cannot be changed; the model card beside the adapter says the line to add."""
-    assert "import interop.peft_tuner" in (furnished / "trained/README.md").read_text()
+    assert "import moe_lora_interop.peft_tuner" in (furnished / "trained/README.md").read_text()

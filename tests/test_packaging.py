@@ -10,12 +10,13 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import interop
+import moe_lora_interop
 import moe_lora_jax
-from interop import cli
+from moe_lora_interop.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("interop", "moe_lora_jax")
+PACKAGES = ("moe_lora_interop", "moe_lora_jax")
+FOLDERS = (ROOT / "interop" / "moe_lora_interop", ROOT / "moe_lora_jax")
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -41,7 +42,7 @@ def unsafe(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for n in PACKAGES for p in (ROOT / n).rglob("*.py")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for folder in FOLDERS for p in folder.rglob("*.py")], ids=lambda p: p.stem)
 def test_no_file_can_run_what_it_reads(path):
     assert unsafe(path.read_text("utf-8")) == []
 
@@ -66,13 +67,13 @@ def test_the_search_finds(code, found):
 
 
 def test_one_version():
-    assert interop.__version__ == moe_lora_jax.__version__ == version("moe-lora-jax")
+    assert moe_lora_interop.__version__ == moe_lora_jax.__version__ == version("moe-lora-jax")
     assert PROJECT["dynamic"] == ["version"]
-    assert f"To be {interop.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"To be {moe_lora_interop.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
 def test_both_packages_are_typed():
-    assert all((ROOT / name / "py.typed").is_file() for name in PACKAGES)
+    assert all((folder / "py.typed").is_file() for folder in FOLDERS)
 
 
 def pins() -> dict[str, str]:
@@ -147,4 +148,4 @@ def test_the_extras_that_verbs_name_exist():
     assert {p.name for p in entry_points(group=cli.GROUP) if p.value.startswith(PACKAGES)} <= declared.keys()
     # a verb without an extra needs what every install has
     for name in declared.keys() - named.keys():
-        assert declared[name].startswith("interop."), name
+        assert declared[name].startswith("moe_lora_interop."), name

@@ -11,12 +11,13 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
-import interop
-import interop.peft_tuner as tuner
+import moe_lora_interop
+import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
-from interop.adapter import config_sizes
-from interop.dialects import JAX_TREE, NATIVE
-from interop.rules import decode, encode
+from moe_lora_interop.checkpoint.adapter import config_sizes
+from moe_lora_interop.dialects import NATIVE
+from moe_lora_interop.rules.tensors import decode, encode
+from moe_lora_jax.adapters.jax_tree import JAX_TREE
 from tests.hf import make_model, save_model
 
 CONFIGS = {
@@ -102,7 +103,7 @@ def test_saved_by_jax_loaded_by_peft(base, tmp_path, name):
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         assert tensor.dtype == theirs[key].dtype and tensor.tobytes() == theirs[key].tobytes(), key
-    assert interop.read(tmp_path / "jax").config == interop.read(tmp_path / "peft").config
+    assert moe_lora_interop.read(tmp_path / "jax").config == moe_lora_interop.read(tmp_path / "peft").config
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -127,7 +128,7 @@ def test_bfloat16_adapters_keep_every_bit_through_peft(base, tmp_path):
     config = mlj.MoeLoraConfig(**config_of("top_k"))
     mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     mlj.save_pretrained(model, tmp_path / "jax")
-    ours = interop.read(tmp_path / "jax")
+    ours = moe_lora_interop.read(tmp_path / "jax")
     assert ours.tensors["model.layers.0.mlp.up_proj", "lora_A"].dtype == jnp.bfloat16
 
     for autocast, dtype in ((False, jnp.bfloat16), (True, jnp.float32)):
@@ -135,7 +136,7 @@ def test_bfloat16_adapters_keep_every_bit_through_peft(base, tmp_path):
             torch_model(base, torch.bfloat16), tmp_path / "jax", autocast_adapter_dtype=autocast
         )
         loaded.save_pretrained(tmp_path / f"peft{autocast}")
-        back = interop.read(tmp_path / f"peft{autocast}")
+        back = moe_lora_interop.read(tmp_path / f"peft{autocast}")
         for slot, tensor in ours.tensors.items():
             expected = tensor.astype(dtype) if slot[1] in ("lora_A", "lora_B") else tensor
             assert back.tensors[slot].dtype == expected.dtype, slot
@@ -192,7 +193,7 @@ def test_twenty_adamw_steps_give_the_same_curve_and_adapter(base, tmp_path, name
     assert ours[-1] != ours[0]
     mlj.save_pretrained(model, tmp_path / "jax")
     twin.save_pretrained(tmp_path / "peft")
-    mine, other = interop.read(tmp_path / "jax"), interop.read(tmp_path / "peft")
+    mine, other = moe_lora_interop.read(tmp_path / "jax"), moe_lora_interop.read(tmp_path / "peft")
     for slot, tensor in mine.tensors.items():
         np.testing.assert_allclose(tensor, other.tensors[slot], atol=1e-4, err_msg=str(slot))
 

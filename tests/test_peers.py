@@ -6,7 +6,7 @@ import optax
 import pytest
 from flax import nnx
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
 from tests.peers_data import ALL, READABLE, REFUSED, WITH_LOGITS, Peer
 
@@ -40,7 +40,7 @@ def arguments(peer: Peer, ids: str = "task_ids") -> dict[str, jnp.ndarray]:
     return {"task_ids": jnp.asarray(peer.reference[ids])} if ids in peer.reference else {}
 
 
-def assert_identical(found: interop.Adapter, expected: interop.Adapter) -> None:
+def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop.Adapter) -> None:
     assert found.tensors.keys() == expected.tensors.keys()
     for slot, tensor in expected.tensors.items():
         assert found.tensors[slot].dtype == tensor.dtype
@@ -55,7 +55,7 @@ def test_every_peer_is_covered():
 
 @named
 def test_the_layout_is_detected(peer):
-    assert interop.detect(peer.directory) == LAYOUTS[peer.name]
+    assert moe_lora_interop.detect(peer.directory) == LAYOUTS[peer.name]
 
 
 @pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
@@ -74,21 +74,21 @@ def test_several_task_ids_are_averaged_as_the_peer_does():
 
 @named
 def test_through_native_and_back_to_its_own_layout_bit_for_bit(peer, tmp_path):
-    adapter = interop.read(peer.directory, **peer.options)
-    interop.write(adapter, tmp_path / "native")
-    native = interop.read(tmp_path / "native")
+    adapter = moe_lora_interop.read(peer.directory, **peer.options)
+    moe_lora_interop.write(adapter, tmp_path / "native")
+    native = moe_lora_interop.read(tmp_path / "native")
     assert_identical(native, adapter)
-    layout = interop.detect(peer.directory)
-    interop.write(native, tmp_path / "theirs", layout)
-    assert interop.detect(tmp_path / "theirs") == layout
-    assert_identical(interop.read(tmp_path / "theirs", **peer.options), adapter)
+    layout = moe_lora_interop.detect(peer.directory)
+    moe_lora_interop.write(native, tmp_path / "theirs", layout)
+    assert moe_lora_interop.detect(tmp_path / "theirs") == layout
+    assert_identical(moe_lora_interop.read(tmp_path / "theirs", **peer.options), adapter)
 
 
 @named
 def test_through_the_nnx_tree_bit_for_bit(peer, tmp_path):
     model = load(peer)
     mlj.save_pretrained(model, tmp_path)
-    assert_identical(interop.read(tmp_path), interop.read(peer.directory, **peer.options))
+    assert_identical(moe_lora_interop.read(tmp_path), moe_lora_interop.read(peer.directory, **peer.options))
 
 
 @pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
@@ -121,5 +121,5 @@ def test_refusals_say_why(peer):
         "xlora/depth2_scaling_pass": "scaling_pass_value: found 0.3, expected 0.0",
     }
     expected = next(text for start, text in reason.items() if peer.name.startswith(start))
-    with pytest.raises(interop.CheckpointError, match=expected):
-        interop.read(peer.directory, **peer.options)
+    with pytest.raises(moe_lora_interop.CheckpointError, match=expected):
+        moe_lora_interop.read(peer.directory, **peer.options)

@@ -8,11 +8,11 @@ import torch
 from test_peft_support import FIELDS, THIRD_PARTY_WARNINGS, config, input_ids, out, tiny_llama, wrapped
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import interop
-import interop.peft_tuner as tuner
+import moe_lora_interop
+import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
-from interop.peft_tuner.balancing import localized_balancing_loss
-from interop.peft_tuner.router import MoeLoraLayer
+from moe_lora_interop.peft_tuner.losses import localized_balancing_loss
+from moe_lora_interop.peft_tuner.router import MoeLoraLayer
 from moe_lora_jax.train import losses as jax_losses
 from tests.peers_data import Peer
 
@@ -128,7 +128,7 @@ def test_localized_equals_the_formula_by_hand(name, mask):
 
 def test_localized_is_loramoes_own():
     peer = Peer("loramoe/adapter")
-    adapter, reference = interop.read(peer.directory), peer.reference
+    adapter, reference = moe_lora_interop.read(peer.directory), peer.reference
     router = torch.tensor(adapter.tensors["model.layers.1.mlp.down_proj", "router"])
     gates = (torch.tensor(reference["blc_input"]) @ router.T).softmax(-1).flatten(0, 1)
     config = adapter.config

@@ -13,18 +13,18 @@ import pytest
 from peft.utils import PeftType
 from test_peft_support import config
 
-import interop.config
-import interop.peft_tuner as tuner
-from interop.errors import ConfigError
+import moe_lora_interop.config.adapter_config
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.errors import ConfigError
 
 
 def test_same_fields_and_defaults_as_the_neutral_config():
-    neutral = {f.name: f for f in dataclasses.fields(interop.config.MoeLoraConfig)}
+    neutral = {f.name: f for f in dataclasses.fields(moe_lora_interop.MoeLoraConfig)}
     twin = {f.name: f for f in dataclasses.fields(tuner.MoeLoraConfig)}
     assert twin.keys() == neutral.keys()
     for name, field in neutral.items():
         assert (twin[name].default, twin[name].default_factory) == (field.default, field.default_factory), name
-    assert tuner.MoeLoraConfig(peft_version="x").neutral == interop.config.MoeLoraConfig(peft_version="x")
+    assert tuner.MoeLoraConfig(peft_version="x").neutral == moe_lora_interop.MoeLoraConfig(peft_version="x")
 
 
 def test_registered_once_and_reachable_by_every_lookup_of_the_enum():
@@ -39,11 +39,11 @@ def test_registered_once_and_reachable_by_every_lookup_of_the_enum():
 
 def test_importing_twice_is_harmless_and_never_imports_jax():
     code = (
-        "import sys, importlib; sys.modules['jax'] = None; import interop.peft_tuner as t; "
+        "import sys, importlib; sys.modules['jax'] = None; import moe_lora_interop.peft_tuner as t; "
         "n = len(t.PeftType); importlib.reload(t); assert len(t.PeftType) == n; "
         "assert not any(m.split('.')[0] in ('flax', 'moe_lora_jax') for m in sys.modules)"
     )
-    root = Path(interop.config.__file__).parents[1]
+    root = Path(moe_lora_interop.config.adapter_config.__file__).parents[1]
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=root)
 
 
@@ -54,7 +54,7 @@ def test_target_names_are_sets_as_peft_expects_and_lists_in_the_file(tmp_path):
     c.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["target_modules"] == ["q", "v"] and written["peft_type"] == "MOE_LORA"
-    assert interop.config.MoeLoraConfig.from_dict(written) == c.neutral
+    assert moe_lora_interop.MoeLoraConfig.from_dict(written) == c.neutral
 
 
 @pytest.mark.parametrize("load", [peft.PeftConfig.from_pretrained, tuner.MoeLoraConfig.from_pretrained])
@@ -89,7 +89,7 @@ def test_refusals(tmp_path, fields, message):
     with pytest.raises(ConfigError, match=message):
         tuner.MoeLoraConfig(**fields)
     if "peft_type" not in fields:
-        stored = interop.config.MoeLoraConfig().to_dict() | fields
+        stored = moe_lora_interop.MoeLoraConfig().to_dict() | fields
         (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
         for load in (peft.PeftConfig.from_pretrained, tuner.MoeLoraConfig.from_pretrained):
             with pytest.raises(ConfigError, match=message):
@@ -97,13 +97,13 @@ def test_refusals(tmp_path, fields, message):
 
 
 def test_unknown_fields_that_are_null_pass(tmp_path):
-    stored = interop.config.MoeLoraConfig().to_dict() | {"added_by_a_newer_peft": None}
+    stored = moe_lora_interop.MoeLoraConfig().to_dict() | {"added_by_a_newer_peft": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
     assert peft.PeftConfig.from_pretrained(tmp_path).neutral == tuner.MoeLoraConfig().neutral
 
 
 def test_a_file_must_state_its_format_version(tmp_path):
-    stored = interop.config.MoeLoraConfig().to_dict()
+    stored = moe_lora_interop.MoeLoraConfig().to_dict()
     del stored["format_version"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match="format_version: missing, expected 1"):

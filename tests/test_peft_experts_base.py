@@ -8,9 +8,9 @@ import torch
 from test_peft_support import THIRD_PARTY_WARNINGS, config, input_ids, logits, tiny_llama
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from interop.errors import ConfigError
-from interop.peft_tuner.expert_parameters import untouched_experts
-from interop.peft_tuner.layer import Linear
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.peft_tuner.checks import untouched_experts
+from moe_lora_interop.peft_tuner.layer import Linear
 
 pytestmark = THIRD_PARTY_WARNINGS
 SIZES = dict(

@@ -1,12 +1,12 @@
-"""The gates against the formula of interop.config, written out in numpy with a loop over tokens and experts."""
+"""The gates against the formula of the config, written out in numpy with a loop over tokens and experts."""
 
 import numpy as np
 import pytest
 import torch
 from test_peft_support import COMBINATIONS, gates_by_hand
 
-from interop.config import MoeLoraConfig
-from interop.peft_tuner.gating import route
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.peft_tuner.gating import route
 
 
 def thresholds(c: MoeLoraConfig, tokens: int) -> torch.Tensor | float | None:

@@ -12,11 +12,11 @@ from test_peft_support import COMBINATIONS, gates_by_hand
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import interop.peft_tuner as tuner
-from interop.config import MoeLoraConfig
-from interop.errors import ConfigError
-from interop.peft_tuner.layer import Linear, MoeLoraLayer
-from interop.peft_tuner.model import MoeLoraModel
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.peft_tuner.layer import Linear, MoeLoraLayer
+from moe_lora_interop.peft_tuner.model import MoeLoraModel
 
 IN, OUT = 6, 5
 
@@ -40,7 +40,7 @@ def inputs(dtype=torch.float64, shape=(2, 5, IN)) -> torch.Tensor:
 
 
 def delta_by_hand(wrapped: Linear, x: np.ndarray) -> np.ndarray:
-    """The docstring of interop.config for one token x [in], in float64 with a loop over experts."""
+    """The docstring of moe_lora_interop.config for one token x [in], in float64 with a loop over experts."""
     c, m = wrapped.moe_lora_config["default"], wrapped.moe_lora_module_config["default"]
     get = lambda p: p.detach().double().numpy()  # noqa: E731
     a, b = get(wrapped.moe_lora_A["default"]), get(wrapped.moe_lora_B["default"])

@@ -9,8 +9,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_peft_support import THIRD_PARTY_WARNINGS, config, input_ids, logits, tiny_classifier, tiny_llama
 
-from interop.dialects.native import NATIVE
-from interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.dialects.native import NATIVE
+from moe_lora_interop.errors import CheckpointError, ConfigError
 
 pytestmark = THIRD_PARTY_WARNINGS
 

@@ -7,9 +7,9 @@ import torch
 from test_peft_support import THIRD_PARTY_WARNINGS, config, input_ids, tiny_llama
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import interop.peft_tuner as tuner
-from interop.peft_tuner.layer import MoeLoraLayer
-from interop.peft_tuner.losses import load_balancing_loss, z_loss
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.peft_tuner.layer import MoeLoraLayer
+from moe_lora_interop.peft_tuner.losses import load_balancing_loss, z_loss
 
 pytestmark = THIRD_PARTY_WARNINGS
 

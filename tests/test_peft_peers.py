@@ -8,8 +8,8 @@ import torch
 import transformers
 from test_peft_support import THIRD_PARTY_WARNINGS
 
-import interop
-import interop.peft_tuner  # noqa: F401  (registers the method)
+import moe_lora_interop
+import moe_lora_interop.peft_tuner  # noqa: F401  (registers the method)
 from tests.peers_data import READABLE, WITH_LOGITS, Peer
 from tests.test_peers import assert_identical
 
@@ -26,7 +26,7 @@ def native(tmp_path_factory):
     def directory(peer: Peer):
         if peer.name not in made:
             made[peer.name] = tmp_path_factory.mktemp("native")
-            interop.write(interop.read(peer.directory, **peer.options), made[peer.name])
+            moe_lora_interop.write(moe_lora_interop.read(peer.directory, **peer.options), made[peer.name])
         return made[peer.name]
 
     return directory
@@ -64,7 +64,7 @@ def test_several_task_ids_are_averaged_as_the_peer_does(native):
 def test_loaded_and_saved_again_it_is_the_same_adapter(peer, native, tmp_path, low_cpu_mem_usage):
     model = peft.PeftModel.from_pretrained(base(peer), native(peer), low_cpu_mem_usage=low_cpu_mem_usage)
     model.save_pretrained(tmp_path, save_embedding_layers=False)  # else PEFT looks for their base model, "../base"
-    assert_identical(interop.read(tmp_path), interop.read(native(peer)))
+    assert_identical(moe_lora_interop.read(tmp_path), moe_lora_interop.read(native(peer)))
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot learn")  # one of mola's layers has a top-1 router

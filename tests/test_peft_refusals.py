@@ -18,9 +18,9 @@ from test_peft_support import (
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
 
-from interop.errors import ConfigError
-from interop.peft_tuner.router import MoeLoraLayer
-from interop.peft_tuner.shared_router import SharedRouter
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.peft_tuner.router import MoeLoraLayer
+from moe_lora_interop.peft_tuner.shared_router import SharedRouter
 
 pytestmark = THIRD_PARTY_WARNINGS
 

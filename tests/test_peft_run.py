@@ -11,9 +11,9 @@ import pytest
 import tyro
 from text_models import SENTENCES, write_base
 
-from interop import peft_run
-from interop.errors import ConfigError
-from interop.shell import Shell
+from moe_lora_interop import peft_run
+from moe_lora_interop.cli.shell import Shell
+from moe_lora_interop.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +55,7 @@ def python(*words: str, cwd: Path = ROOT, code: int = 0) -> subprocess.Completed
 )
 def test_a_script_that_never_imports_us(script, words):
     words = [word.format(script=script) for word in words]
-    done = python("-m", "interop.peft_run", *words, "--lr", "1e-4", "--", "-x", cwd=script.parent, code=7)
+    done = python("-m", "moe_lora_interop.peft_run", *words, "--lr", "1e-4", "--", "-x", cwd=script.parent, code=7)
     assert json.loads(done.stdout) == {"argv": ["--lr", "1e-4", "--", "-x"], "name": "__main__", "known": True}
 
 
@@ -68,13 +68,13 @@ def test_an_installed_program(script, tmp_path, monkeypatch):
     program.write_text(f"#!{sys.executable}\n{SCRIPT}")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    done = python("-m", "interop.peft_run", "finetune", "sft", code=7)
+    done = python("-m", "moe_lora_interop.peft_run", "finetune", "sft", code=7)
     assert json.loads(done.stdout) == {"argv": ["sft"], "name": "__main__", "known": True}
 
 
 def test_an_error_of_the_script_is_its_own(tmp_path):
     (tmp_path / "train.py").write_text("raise RuntimeError('no data')\n")
-    done = python("-m", "interop.peft_run", str(tmp_path / "train.py"), code=1)
+    done = python("-m", "moe_lora_interop.peft_run", str(tmp_path / "train.py"), code=1)
     assert "train.py" in done.stderr and "RuntimeError: no data" in done.stderr
 
 
@@ -93,8 +93,11 @@ def test_the_verb_takes_what_follows_two_dashes(monkeypatch):
         (["python", "-u", "train.py"], "options of Python itself cannot be passed on:\n  - found '-u'"),
         (["-m"], "-m without a module"),
         (["python", "no_such.py"], "'no_such.py': no such file or program"),
-        (["accelerate", "launch", "train.py"], r"accelerate \.\.\. -m interop.peft_run SCRIPT"),
-        (["-m", "torch.distributed.run", "train.py"], r"torch.distributed.run \.\.\. -m interop.peft_run SCRIPT"),
+        (["accelerate", "launch", "train.py"], r"accelerate \.\.\. -m moe_lora_interop.peft_run SCRIPT"),
+        (
+            ["-m", "torch.distributed.run", "train.py"],
+            r"torch.distributed.run \.\.\. -m moe_lora_interop.peft_run SCRIPT",
+        ),
         (["ls"], "not a Python program"),
     ],
     ids=str,
@@ -105,7 +108,7 @@ def test_refusals(words, message):
 
 
 def test_importing_the_verb_needs_no_torch():
-    code = "import sys, interop.peft_run; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
+    code = "import sys, moe_lora_interop.peft_run; print({'torch', 'peft', 'transformers'} & set(sys.modules))"
     assert python("-c", code).stdout.strip() == "set()"
 
 
@@ -117,8 +120,8 @@ def test_examples(tmp_path, example):
     (tmp_path / "lines.txt").write_text("\n".join(SENTENCES))
     paths = {"base": "base", "data": "lines.txt", "output": "adapter"}
     options = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
-    assert "interop" not in (ROOT / "examples" / example).read_text().split('"""')[2]
-    done = python("-m", "interop.peft_run", str(ROOT / "examples" / example), *options, "--steps", "10")
+    assert "moe_lora_interop" not in (ROOT / "examples" / example).read_text().split('"""')[2]
+    done = python("-m", "moe_lora_interop.peft_run", str(ROOT / "examples" / example), *options, "--steps", "10")
     first, last = done.stdout.strip().splitlines()[-1].removeprefix("loss ").split(" -> ")
     assert float(last) < float(first) - 0.1
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "MOE_LORA"

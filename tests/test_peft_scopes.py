@@ -27,11 +27,11 @@ from test_peft_support import (
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import interop
-import interop.peft_tuner as tuner
-from interop.dialects.native import NATIVE
-from interop.errors import CheckpointError, ConfigError
-from interop.peft_tuner.router import MoeLoraLayer
+import moe_lora_interop
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.dialects.native import NATIVE
+from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.peft_tuner.router import MoeLoraLayer
 
 pytestmark = THIRD_PARTY_WARNINGS
 LOADS = pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu"])
@@ -57,8 +57,8 @@ def test_save_load_save(tmp_path, name, low_cpu_mem_usage, adapter):
 @every_scope
 def test_the_file_is_a_native_one(tmp_path, name):
     wrapped(name).save_pretrained(tmp_path)
-    assert interop.detect(tmp_path) == NATIVE.name
-    assert interop.read(tmp_path).tensors  # which has every tensor that the config implies, and no other
+    assert moe_lora_interop.detect(tmp_path) == NATIVE.name
+    assert moe_lora_interop.read(tmp_path).tensors  # which has every tensor that the config implies, and no other
 
 
 KEYS = {
@@ -103,7 +103,9 @@ def test_a_fresh_layerwise_router_records_the_order_of_its_modules(tmp_path):
         "mlp.up_proj",
         "mlp.down_proj",
     )
-    assert interop.read(tmp_path).config.module_order == [f"model.layers.{i}.{m}" for i in (0, 1) for m in layer]
+    assert moe_lora_interop.read(tmp_path).config.module_order == [
+        f"model.layers.{i}.{m}" for i in (0, 1) for m in layer
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
-import interop.peft_tuner as tuner
-from interop.config import MoeLoraConfig
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
 
 torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
 

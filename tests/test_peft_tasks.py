@@ -15,7 +15,7 @@ from test_peft_support import (
     wrapped,
 )
 
-import interop.peft_tuner as tuner
+import moe_lora_interop.peft_tuner as tuner
 
 pytestmark = THIRD_PARTY_WARNINGS
 by_task = pytest.mark.parametrize("name", ["poly", "table", "embedding"])

@@ -22,9 +22,9 @@ from test_peft_support import (
 )
 from transformers import LlamaConfig, LlamaForTokenClassification, LlamaModel, T5Config, T5ForConditionalGeneration
 
-import interop.peft_tuner as tuner
-from interop.errors import ConfigError
-from interop.peft_tuner.layer import MoeLoraLayer
+import moe_lora_interop.peft_tuner as tuner
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.peft_tuner.layer import MoeLoraLayer
 
 pytestmark = THIRD_PARTY_WARNINGS
 

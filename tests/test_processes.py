@@ -15,7 +15,7 @@ from mesh_base import adapted, write_base
 from process_worker import PROMPTS, RUN
 from tiny_training import small_dirs, token_data  # noqa: F401
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
 from moe_lora_jax.train import TrainSettings, train
 from moe_lora_jax.train.run_dir import read_metrics
@@ -68,7 +68,7 @@ def runs(dirs: dict, out: Path, mesh: str, number: int, devices: int, *more: str
     given = ["--model", dirs["base"], "--data", dirs["data"], "--output-dir", out, *FLAGS, *more]
     command = [
         "-c",
-        "import sys; from interop.cli import main; sys.exit(main())",
+        "import sys; from moe_lora_interop.cli.main import main; sys.exit(main())",
         "train",
         *given,
         *(["--mesh", *mesh.split()] if mesh else []),
@@ -94,7 +94,7 @@ def alone(small_dirs, tmp_path_factory) -> Path:  # noqa: F811
 
 def assert_same(out: Path, alone: Path, measured) -> None:
     difference = np.abs(np.subtract(losses(out), losses(alone)))
-    tensors, expected = interop.read(out).tensors, interop.read(alone).tensors
+    tensors, expected = moe_lora_interop.read(out).tensors, moe_lora_interop.read(alone).tensors
     assert tensors.keys() == expected.keys()
     weights = max(np.abs(tensors[slot] - expected[slot]).max() for slot in expected)
     measured("losses of processes", difference.max())

@@ -15,11 +15,11 @@ import transformers
 from flax import nnx
 from jax.test_util import check_grads
 
-import interop.peft_tuner  # noqa: F401  registers MOE_LORA
+import moe_lora_interop.peft_tuner  # noqa: F401  registers MOE_LORA
 import moe_lora_jax as mlj
-from interop import CheckpointError, ConfigError
-from moe_lora_jax import quantized
-from moe_lora_jax.quantized import QuantizedEmbed, QuantizedLinear
+from moe_lora_interop import CheckpointError, ConfigError
+from moe_lora_jax.models import quantized
+from moe_lora_jax.models.quantized import QuantizedEmbed, QuantizedLinear
 from tests.hf import make_model, save_model
 from tests.toy import Toy, assert_same_leaves, leaves
 

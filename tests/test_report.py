@@ -14,9 +14,9 @@ from PIL import Image
 from tiny_training import compiled_once, small_dirs, tiny_model, token_data  # noqa: F401
 
 import moe_lora_jax as mlj
-from interop import cli
-from interop.adapter import Adapter
-from moe_lora_jax.projections import by_projection
+from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_interop.cli import main as cli
+from moe_lora_jax.adapters.projections import by_projection
 from moe_lora_jax.report import (
     RouterStatistics,
     delta_similarity,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interop.dialects import FILE_DIALECTS, JAX_TREE
-from interop.rules import Rule, claim, decode, encode
+from moe_lora_interop.dialects import FILE_DIALECTS
+from moe_lora_interop.rules.tensors import Rule, claim, decode, encode
+from moe_lora_jax.adapters.jax_tree import JAX_TREE
 from tests.adapters import assert_same_tensors, random_bits
 
 STACKED = Rule("lora_A", "base_model.model.{module}.moe_lora_A", "expert rank in")

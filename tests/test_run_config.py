@@ -8,12 +8,12 @@ import yaml
 from tensorboardX.proto.event_pb2 import Event
 from tiny_training import compiled_once, small_dirs, tiny_model, token_data  # noqa: F401
 
-from interop import cli
-from interop.errors import ConfigError
-from interop.verb_file import flags
+from moe_lora_interop.cli import main as cli
+from moe_lora_interop.cli.flags_file import flags
+from moe_lora_interop.errors import ConfigError
+from moe_lora_jax.cli.train import train
 from moe_lora_jax.train.loop import train as run
 from moe_lora_jax.train.settings import TrainSettings
-from moe_lora_jax.verbs.train import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 FILES = ("adapter_model.safetensors", "adapter_config.json")

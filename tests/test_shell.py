@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
-from interop import cli
-from interop.progress import tracked
-from interop.shell import Json, Quiet, progress
+from moe_lora_interop.cli import main as cli
+from moe_lora_interop.cli.shell import Json, Quiet
+from moe_lora_interop.progress import tracked
+from moe_lora_interop.progress_bar import progress
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +97,7 @@ def every_update_is_drawn(monkeypatch):
 @pytest.fixture
 def on_a_terminal(every_update_is_drawn, furnished, tmp_path, monkeypatch, capfd):
     """(verb, flag) -> what it prints to stdout, and to a stderr that claims to be a terminal."""
-    from moe_lora_jax.verbs import quickstart
+    from moe_lora_jax.cli import quickstart
 
     monkeypatch.chdir(furnished)
     for name in ("argv", "path"):  # `run` changes them

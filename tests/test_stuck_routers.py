@@ -8,7 +8,7 @@ from flax import nnx
 from tiny_training import MODULES, TARGETS, tiny_base
 
 import moe_lora_jax as mlj
-from interop.stuck_routers import stuck_routers, warn_of_stuck_routers
+from moe_lora_interop.config.stuck_routers import stuck_routers, warn_of_stuck_routers
 
 STUCK = {"top_k": 1, "num_experts": 4, "r": 2, "target_modules": TARGETS}
 
@@ -42,18 +42,18 @@ def test_both_frameworks_say_it_in_the_same_words(tmp_path):
     import peft
     from torch import nn
 
-    import interop.peft_tuner
+    import moe_lora_interop.peft_tuner
 
     base = tiny_base()
     (in_jax,) = words_of(lambda: mlj.apply_moe_lora(base, mlj.MoeLoraConfig(**STUCK), rngs=nnx.Rngs(0)))
     assert in_jax.startswith(f"{MODULES} routers (") and "use top_k=2 or norm_topk_prob=False" in in_jax
 
     torch_base = nn.ModuleDict({name: nn.Linear(4, 4) for name in TARGETS})
-    config = interop.peft_tuner.MoeLoraConfig(**STUCK)
+    config = moe_lora_interop.peft_tuner.MoeLoraConfig(**STUCK)
     (in_torch,) = words_of(lambda: peft.get_peft_model(torch_base, config))
     assert in_torch.partition(", ...")[2] == in_jax.partition(", ...")[2]
     fresh = nn.ModuleDict({name: nn.Linear(4, 4) for name in TARGETS})
-    for_inference = interop.peft_tuner.MoeLoraConfig(**STUCK, inference_mode=True)
+    for_inference = moe_lora_interop.peft_tuner.MoeLoraConfig(**STUCK, inference_mode=True)
     assert words_of(lambda: peft.get_peft_model(fresh, for_inference)) == []
 
     mlj.save_pretrained(base, tmp_path)

@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny_training import tiny_base, tiny_model
 
 import moe_lora_jax as mlj
-from interop.errors import CheckpointError
+from moe_lora_interop.errors import CheckpointError
 
 KINDS = {
     "linear": {},

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from interop import ConfigError, MoeLoraConfig
-from interop.targets import Targets
+from moe_lora_interop import ConfigError, MoeLoraConfig
+from moe_lora_interop.config.targets import Targets
 
 FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 MODULES = [

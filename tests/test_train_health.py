@@ -5,13 +5,7 @@ import numpy as np
 import pytest
 
 from moe_lora_jax import MoeLoraConfig, RouterOutput
-from moe_lora_jax.train.health import (
-    CollapseWatch,
-    ModuleHealth,
-    RouterSums,
-    module_health,
-    router_sums,
-)
+from moe_lora_jax.train.health import CollapseWatch, ModuleHealth, RouterSums, module_health, router_sums
 
 MASK = np.array([[1, 1, 1, 0], [0, 1, 1, 1]])
 

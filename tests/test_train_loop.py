@@ -14,11 +14,11 @@ from flax import nnx
 from rich.console import Console
 from tiny_training import arrays, compiled_once, tiny_base, tiny_model, token_data  # noqa: F401
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
 from moe_lora_jax.train import loop as loop_module
 from moe_lora_jax.train.errors import TrainingError
-from moe_lora_jax.train.evaluate import evaluate
+from moe_lora_jax.train.evaluation import evaluate
 from moe_lora_jax.train.loop import train
 from moe_lora_jax.train.settings import TrainSettings
 
@@ -66,7 +66,7 @@ def straight(tmp_path_factory, compiled_once):  # noqa: F811
 def test_a_run_writes_an_adapter_metrics_and_a_checkpoint(straight):
     out, model, result = straight
     assert result.is_finished and result.step == result.total_steps == 6
-    saved = interop.read(out)
+    saved = moe_lora_interop.read(out)
     for (module, role), tensor in mlj.to_adapter(model).tensors.items():
         np.testing.assert_array_equal(saved.tensors[module, role], tensor)
     assert [p.name for p in (out / "training" / "checkpoints").iterdir()] == ["6"]
@@ -107,7 +107,7 @@ def test_on_eval_gets_the_adapter_of_its_step_which_stays_valid(straight, tmp_pa
     assert seen.keys() == {0, 2, 4, 6} and seen[0][0] != seen[6][0]
     assert {step: loss for step, (loss, _) in seen.items()} == pytest.approx(dict(result.eval_losses), rel=1e-5)
     early, last = (mlj.to_adapter(seen[step][1]).tensors for step in (2, 6))
-    for slot, tensor in interop.read(out).tensors.items():  # and looking changes nothing
+    for slot, tensor in moe_lora_interop.read(out).tensors.items():  # and looking changes nothing
         np.testing.assert_array_equal(last[slot], tensor)
         assert np.any(early[slot] != tensor)
     assert reference.eval_losses[6] == result.eval_losses[6]

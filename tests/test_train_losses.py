@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_lora_jax import MoeLoraConfig, RouterOutput
-from moe_lora_jax.gating import Gating, compute_gates
+from moe_lora_jax.layers.gating import Gating, compute_gates
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 
 BATCH, SEQ, EXPERTS = 3, 7, 5

@@ -9,7 +9,7 @@ from tiny_training import LLAMA, TARGETS, arrays, compiled_once, token_data  # n
 
 import moe_lora_jax as mlj
 from benchmarks.program import gradient, instructions
-from moe_lora_jax.filters import PARTS
+from moe_lora_jax.adapters.filters import PARTS
 from moe_lora_jax.models import CausalLM, DecoderConfig
 from moe_lora_jax.models.stacked import stack_layers, unstack_layers
 from moe_lora_jax.train import TrainSettings, make_eval_step, make_train_step, merge_back, split_model, train

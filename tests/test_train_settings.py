@@ -2,7 +2,7 @@
 
 import pytest
 
-from interop.errors import ConfigError
+from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.train.settings import TrainSettings
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from tiny_training import MODULES, arrays, compiled_once, tiny_base, tiny_model, token_data  # noqa: F401
 
 import moe_lora_jax as mlj
-from moe_lora_jax.filters import PARTS, experts_only, router_only
+from moe_lora_jax.adapters.filters import PARTS, experts_only, router_only
 from moe_lora_jax.train.batches import collate
 from moe_lora_jax.train.optimizer import adamw
 from moe_lora_jax.train.step import Batch, make_eval_step, make_train_step, merge_back, split_model

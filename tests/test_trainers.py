@@ -16,8 +16,8 @@ from test_peft_support import THIRD_PARTY_WARNINGS, config, input_ids, logits, t
 from text_models import SENTENCES, write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from interop.peft_tuner import MoeLoraConfig, MoeLoraLayer, moe_lora_aux_loss
-from interop.peft_tuner.trainer import AuxLossMixin, collected_aux_losses
+from moe_lora_interop.peft_tuner import MoeLoraConfig, MoeLoraLayer, moe_lora_aux_loss
+from moe_lora_interop.peft_tuner.trainer import AuxLossMixin, collected_aux_losses
 
 pytestmark = [
     *THIRD_PARTY_WARNINGS,

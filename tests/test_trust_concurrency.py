@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-import interop
-from interop.samples import sample
+import moe_lora_interop
 from tests.trust_workers import (
     load_and_remove_in_jax,
     load_switch_and_delete_in_peft,
     read_for_a_while,
     save_for_ever,
 )
+from tools.samples import sample
 
 MARGIN = 1.05  # of the memory after warming up
 
@@ -33,9 +33,9 @@ def test_readers_during_saves_see_the_old_or_the_new_or_are_told(tmp_path, tries
     """
     adapters, directory = {}, tmp_path / "out"
     for seed in range(2):
-        interop.write(sample(layout, seed=seed), tmp_path / str(seed), layout)
-        adapters[str(seed)] = interop.read(tmp_path / str(seed))
-    interop.write(adapters["0"], directory, layout)
+        moe_lora_interop.write(sample(layout, seed=seed), tmp_path / str(seed), layout)
+        adapters[str(seed)] = moe_lora_interop.read(tmp_path / str(seed))
+    moe_lora_interop.write(adapters["0"], directory, layout)
     writer = processes.Process(target=save_for_ever, args=(adapters, directory, layout, None, pause))
     writer.start()
     while not (directory / "saves_go_on").exists():
@@ -55,8 +55,8 @@ def test_readers_during_saves_see_the_old_or_the_new_or_are_told(tmp_path, tries
 
 
 def test_eight_processes_read_one_adapter(tmp_path, tries, tally, processes):
-    interop.write(sample("native"), tmp_path)
-    adapters, reads = {"it": interop.read(tmp_path)}, tries(10, 100)
+    moe_lora_interop.write(sample("native"), tmp_path)
+    adapters, reads = {"it": moe_lora_interop.read(tmp_path)}, tries(10, 100)
     with processes.Pool(8) as pool:
         results = pool.starmap(read_for_a_while, [(adapters, tmp_path, reads)] * 8)
     lost = sum(result != {"it": reads} for result in results)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import xxhash
 
-import interop
-from interop import CheckpointError, ConfigError
-from interop.checks import verify
-from interop.config import BOOKKEEPING
+import moe_lora_interop
+from moe_lora_interop import CheckpointError, ConfigError
+from moe_lora_interop.checkpoint.inspection import verify
+from moe_lora_interop.config.adapter_config import BOOKKEEPING
 from tests.adapters import make_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture
 def saved(tmp_path):
-    interop.write(
+    moe_lora_interop.write(
         make_adapter(dtype="bfloat16", router_bias=True, top_k=2, base_model_name_or_path="a/base"), tmp_path / "out"
     )
     return tmp_path / "out"
@@ -33,8 +33,8 @@ def flipped(raw: bytes, bit: int) -> bytes:
 def readers(tmp_path):
     """Everything that has to notice: the three ways to read an adapter."""
     return {
-        "read": lambda directory: interop.read(directory),
-        "convert": lambda directory: interop.convert(directory, tmp_path / "converted"),
+        "read": lambda directory: moe_lora_interop.read(directory),
+        "convert": lambda directory: moe_lora_interop.convert(directory, tmp_path / "converted"),
         "verify": lambda directory: raise_errors(verify(directory)),
     }
 
@@ -71,7 +71,7 @@ def test_every_flipped_bit_of_the_tensors_file_is_found(saved, tmp_path, tries, 
 def test_every_flipped_bit_of_the_config_is_refused_or_changes_nothing_that_is_computed(saved, tries, tally):
     """What is accepted says the same (another space between tokens), or differs in a bookkeeping field only."""
     raw = (saved / CONFIG).read_bytes()
-    before, expected = interop.read(saved), json.loads(raw)
+    before, expected = moe_lora_interop.read(saved), json.loads(raw)
     bits = range(8 * len(raw)) if tries(0, 1) else np.random.default_rng(0).integers(0, 8 * len(raw), 300).tolist()
     kinds = {"refused": 0, "the same": 0, "bookkeeping": 0}
     lost = []
@@ -79,7 +79,7 @@ def test_every_flipped_bit_of_the_config_is_refused_or_changes_nothing_that_is_c
         changed = flipped(raw, bit)
         (saved / CONFIG).write_bytes(changed)
         try:
-            config = interop.read(saved).config
+            config = moe_lora_interop.read(saved).config
         except (CheckpointError, ConfigError):
             kinds["refused"] += 1
             continue
@@ -110,10 +110,10 @@ def test_load_adapter_checks_the_digest_and_inspect_does_not(saved, tries, tally
     raw = (saved / WEIGHTS).read_bytes()
     chance, lost, count = np.random.default_rng(1), 0, tries(10, 50)
     start = 8 * (8 + int.from_bytes(raw[:8], "little"))
-    expected = interop.inspect(saved)
+    expected = moe_lora_interop.inspect(saved)
     for bit in chance.integers(start, 8 * len(raw), count).tolist():
         (saved / WEIGHTS).write_bytes(flipped(raw, bit))
-        assert interop.inspect(saved) == expected
+        assert moe_lora_interop.inspect(saved) == expected
         with pytest.raises(CheckpointError, match="digest"):
             load_adapter(Toy(), saved)
     tally("damaged files given to load_adapter", tried=count, lost=lost)
@@ -129,16 +129,16 @@ def rewritten(directory, metadata) -> None:
 
 
 def test_a_file_without_a_digest_is_read_and_verify_says_so(saved):
-    expected = interop.read(saved)
+    expected = moe_lora_interop.read(saved)
     rewritten(saved, {"format": "pt"})
-    assert interop.read(saved).config == expected.config
+    assert moe_lora_interop.read(saved).config == expected.config
     (finding,) = verify(saved)
     assert finding.level == "note" and "no digest" in finding.message and "PEFT writes none" in finding.message
 
 
 def test_unknown_metadata_are_findings(saved):
     """With a digest they are damage; without one they are noted, each by name."""
-    metadata = interop.inspect(saved).metadata
+    metadata = moe_lora_interop.inspect(saved).metadata
     rewritten(saved, {**metadata, "author": "me"})
     (finding,) = verify(saved)
     assert finding.level == "error" and "digest" in finding.message

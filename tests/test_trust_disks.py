@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-import interop
-from interop import CheckpointError
-from interop.samples import sample
+import moe_lora_interop
+from moe_lora_interop import CheckpointError
 from tests.adapters import make_adapter
 from tests.faulty_disk import Disk, refuses
 from tests.save_trials import Trial, listing
 from tests.trust_workers import save_as_another_user, save_for_ever
+from tools.samples import sample
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk or become another user")
 
 
 @pytest.fixture(autouse=True)
 def readers_wait_no_longer(monkeypatch):
-    monkeypatch.setattr("interop.checkpoint.RETRIES", 1)
+    monkeypatch.setattr("moe_lora_interop.checkpoint.read_write.RETRIES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -160,23 +160,23 @@ def test_disk_errors_other_than_full_are_named(tmp_path):
 @pytest.mark.parametrize("new", ["native", "loramoe", "xlora", "lora"])
 @pytest.mark.parametrize("old", ["arrow", "xlora"])
 def test_nothing_of_an_old_layout_with_folders_remains(tmp_path, old, new):
-    interop.write(sample(old), tmp_path / "out", old)
-    interop.write(sample(new, seed=1), tmp_path / "out", new)
-    interop.write(sample(new, seed=1), tmp_path / "fresh", new)
+    moe_lora_interop.write(sample(old), tmp_path / "out", old)
+    moe_lora_interop.write(sample(new, seed=1), tmp_path / "out", new)
+    moe_lora_interop.write(sample(new, seed=1), tmp_path / "fresh", new)
     assert listing(tmp_path / "out") == listing(tmp_path / "fresh")
-    assert interop.detect(tmp_path / "out") == interop.detect(tmp_path / "fresh") == new
+    assert moe_lora_interop.detect(tmp_path / "out") == moe_lora_interop.detect(tmp_path / "fresh") == new
 
 
 def test_experts_that_are_no_part_of_the_layout_as_written_here_are_kept(tmp_path):
     """An arrow config may name folders of the user's own; only its config is replaced."""
-    interop.write(sample("arrow"), tmp_path, "arrow")
+    moe_lora_interop.write(sample("arrow"), tmp_path, "arrow")
     config = tmp_path / "arrow_router" / "adapter_config.json"
     (tmp_path / "task_0").rename(tmp_path / "my_lora")
     config.write_text(config.read_text().replace('"task_0"', '"my_lora"'))
-    interop.write(make_adapter(), tmp_path)
+    moe_lora_interop.write(make_adapter(), tmp_path)
     left = {name for name in listing(tmp_path) if name.endswith("adapter_model.safetensors")}
     assert left == {"adapter_model.safetensors", "my_lora/adapter_model.safetensors"}
-    assert interop.detect(tmp_path) == "native"
+    assert moe_lora_interop.detect(tmp_path) == "native"
 
 
 def test_two_writers_at_once_leave_one_of_theirs(tmp_path, tries, processes):

@@ -21,12 +21,12 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import interop
-import interop.peft_tuner
-from interop import CheckpointError, ConfigError
-from interop.cli import main
-from interop.export import export_mixtral
-from interop.export.base_model import BaseModel
+import moe_lora_interop
+import moe_lora_interop.peft_tuner
+from moe_lora_interop import CheckpointError, ConfigError
+from moe_lora_interop.cli.main import main
+from moe_lora_interop.disk.model_directory import BaseModel
+from moe_lora_interop.export import export_mixtral
 from moe_lora_jax import load_base_model
 from tests.hostile_files import CONFIG, WEIGHTS, corpus, entry, tensor_file
 from tools.fuzz import HOSTILE, allowed, check, samples
@@ -44,13 +44,13 @@ def readers(layout, source, target):
     """Every way in which a file is read: {name: function}."""
     options = {"options": {}} if layout != "for-ai-molora" else {"options": {"r": 2, "num_experts": 4}}
     return {
-        "detect": lambda: interop.detect(source),
-        "inspect": lambda: interop.inspect(source),
-        "read": lambda: interop.read(source),
-        f"read as {layout}": lambda: interop.read(source, layout, **options["options"]),
-        "verify": lambda: interop.verify(source),
-        "convert": lambda: interop.convert(source, target / "native"),
-        "convert to mola": lambda: interop.convert(source, target / "mola", to="mola"),
+        "detect": lambda: moe_lora_interop.detect(source),
+        "inspect": lambda: moe_lora_interop.inspect(source),
+        "read": lambda: moe_lora_interop.read(source),
+        f"read as {layout}": lambda: moe_lora_interop.read(source, layout, **options["options"]),
+        "verify": lambda: moe_lora_interop.verify(source),
+        "convert": lambda: moe_lora_interop.convert(source, target / "native"),
+        "convert to mola": lambda: moe_lora_interop.convert(source, target / "mola", to="mola"),
         **{
             f"moe-lora {verb}": lambda words=words: exits(main, words)
             for verb, words in {
@@ -194,8 +194,8 @@ def test_what_is_no_regular_file(tmp_path, kind, tally):
             source = adapter_in(tmp_path / f"{layout}{tried}", layout)
             (source / name).unlink()
             make(source / name)
-            assert allowed(lambda source=source: interop.read(source)) is None or name == "prototypes.npz"
-            assert allowed(lambda source=source: interop.inspect(source)) is None
+            assert allowed(lambda source=source: moe_lora_interop.read(source)) is None or name == "prototypes.npz"
+            assert allowed(lambda source=source: moe_lora_interop.inspect(source)) is None
             tried += 1
     tally("files that are none", tried=tried, lost=0)
 
@@ -205,7 +205,7 @@ def test_files_may_be_links_as_in_the_hubs_cache(tmp_path, tally):
     snapshot.mkdir(parents=True)
     for name in samples()["native"]:
         (snapshot / name).symlink_to(f"../../blobs/{name}")
-    assert interop.read(snapshot).config == interop.read(blobs).config
+    assert moe_lora_interop.read(snapshot).config == moe_lora_interop.read(blobs).config
     tally("files that are none", tried=1, lost=0)
 
 
@@ -214,7 +214,7 @@ def test_a_folder_that_is_a_link_to_elsewhere_is_not_read(tmp_path, tally):
     (source / "task_0").rename(elsewhere)
     (source / "task_0").symlink_to(elsewhere)
     with pytest.raises(CheckpointError, match="expected different folders inside"):
-        interop.read(source, "arrow")
+        moe_lora_interop.read(source, "arrow")
     tally("files that are none", tried=1, lost=0)
 
 
@@ -235,9 +235,9 @@ NAMES = [
 def test_names_are_printed_as_they_are_or_as_escapes(tmp_path, capsys, name, tally, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     module = f"model.{name}.q"
-    config = interop.MoeLoraConfig(r=1, num_experts=1, target_modules=[module], base_model_name_or_path=name)
+    config = moe_lora_interop.MoeLoraConfig(r=1, num_experts=1, target_modules=[module], base_model_name_or_path=name)
     tensors = {(module, "lora_A"): np.ones((1, 1, 2), "f4"), (module, "lora_B"): np.full((1, 3, 1), np.nan, "f4")}
-    interop.write(interop.Adapter(config, tensors), tmp_path / "a")
+    moe_lora_interop.write(moe_lora_interop.Adapter(config, tensors), tmp_path / "a")
     expected = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     for words, code in (["inspect", "a"], 0), (["verify", "a"], 1), (["convert", "a", "c", "--to", "poly"], 2):
         words = [words[0], *(str(tmp_path / w) if len(w) == 1 else w for w in words[1:])]
@@ -272,8 +272,10 @@ def readers_of_models(directory, adapter):
     return (
         lambda: load_base_model(directory),
         lambda: BaseModel(directory).close(),
-        lambda: interop.verify(adapter, directory),
-        lambda: export_mixtral(interop.read(adapter), directory, directory.parent / f"{directory.name}-mixtral"),
+        lambda: moe_lora_interop.verify(adapter, directory),
+        lambda: export_mixtral(
+            moe_lora_interop.read(adapter), directory, directory.parent / f"{directory.name}-mixtral"
+        ),
     )
 
 
@@ -353,7 +355,7 @@ def test_tensors_of_other_dtypes_do_not_load_in_peft(tmp_path, dtype, tally):
     from peft import PeftModel, get_peft_model
     from safetensors.torch import load_file, save_file
 
-    model = get_peft_model(Linears(), interop.peft_tuner.MoeLoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(Linears(), moe_lora_interop.peft_tuner.MoeLoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     name = sorted(tensors)[0]

@@ -15,16 +15,16 @@ import pytest
 import torch
 from flax import nnx
 
-import interop
-import interop.peft_tuner as tuner
+import moe_lora_interop
+import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
-from interop import ConfigError
-from interop.gates import compute_gates
-from interop.peft_tuner.balancing import z_loss as torch_z_loss
-from interop.peft_tuner.gating import Routing, route
-from moe_lora_jax.gating import Gating
-from moe_lora_jax.gating import compute_gates as jax_gates
-from moe_lora_jax.router import RouterOutput, RouterRecord
+from moe_lora_interop import ConfigError
+from moe_lora_interop.export.task_gates import compute_gates
+from moe_lora_interop.peft_tuner.gating import Routing, route
+from moe_lora_interop.peft_tuner.losses import z_loss as torch_z_loss
+from moe_lora_jax.layers.gating import Gating
+from moe_lora_jax.layers.gating import compute_gates as jax_gates
+from moe_lora_jax.layers.router import RouterOutput, RouterRecord
 from moe_lora_jax.train.losses import load_balancing_loss, router_z_loss
 
 E, IN, OUT = 4, 6, 5
@@ -116,7 +116,7 @@ def pair(tmp_path, dtype="float32", **fields):
     kernel = np.asarray(model.proj.base_layer.kernel[...]).astype(np.float32)
     base.proj.weight.data = torch.from_numpy(kernel.T.copy())
     base = base.to(getattr(torch, dtype))
-    return model, PeftModel.from_pretrained(base, tmp_path), formula(interop.read(tmp_path), kernel)
+    return model, PeftModel.from_pretrained(base, tmp_path), formula(moe_lora_interop.read(tmp_path), kernel)
 
 
 def formula(adapter, kernel):
@@ -205,7 +205,7 @@ def test_all_tokens_to_one_expert(tmp_path, tally):
 def test_the_softmax_of_a_half_precision_model_is_in_float32(tmp_path, dtype, tally):
     """32 nearly equal experts: gates of 1/32 computed in bf16 would be off by 0.4 %, in fp32 by 1e-6."""
     model, peft_model, _ = pair(tmp_path, dtype, num_experts=32, r=1)
-    adapter = interop.read(tmp_path)
+    adapter = moe_lora_interop.read(tmp_path)
     x = np.random.default_rng(5).standard_normal((2, 3, IN)).astype(np.float32)
     x = np.asarray(jnp.asarray(x, dtype)).astype(np.float32)
     logits = x.astype(np.float64) @ adapter.tensors["proj", "router"].astype(np.float64).T
@@ -301,8 +301,8 @@ def test_gradcheck_in_float64_pytorch(tmp_path, fields, tally):
 IN_FLOAT64 = """
 import json, sys, jax, numpy as np
 import jax.numpy as jnp
-from interop import MoeLoraConfig
-from moe_lora_jax.gating import Gating, compute_gates
+from moe_lora_interop import MoeLoraConfig
+from moe_lora_jax.layers.gating import Gating, compute_gates
 config = MoeLoraConfig(r=2, num_experts=4, **json.loads(sys.argv[1]))
 gating = Gating.of(config, config.for_module("x"))
 rng = np.random.default_rng(9)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import interop
-from interop import Adapter, CheckpointError
-from interop.atomic import PREVIOUS
+import moe_lora_interop
+from moe_lora_interop import Adapter, CheckpointError
+from moe_lora_interop.disk.atomic import PREVIOUS
 from tests.faulty_disk import Disk
 from tests.save_trials import same
 
@@ -22,7 +22,7 @@ def peft_models():
 
 
 def test_what_pefts_save_promises_when_cut_off(tmp_path, tries, tally, peft_models):
-    """It writes in place, the card, the tensors, the config: as interop/FORMAT.md says.
+    """It writes in place, the card, the tensors, the config: as interop/moe_lora_interop/FORMAT.md says.
 
     A cut file is refused. Between the two files the new tensors stand beside the old config, and nothing tells: PEFT
     writes no digest.
@@ -30,13 +30,13 @@ def test_what_pefts_save_promises_when_cut_off(tmp_path, tries, tally, peft_mode
     known, files = {}, {}
     for name, model in zip(("old", "new"), peft_models, strict=True):
         model.save_pretrained(tmp_path / name)
-        known[name] = interop.read(tmp_path / name)
+        known[name] = moe_lora_interop.read(tmp_path / name)
         files[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     between = Adapter(known["old"].config, known["new"].tensors)
 
     def found(directory: Path) -> str:
         try:
-            adapter = interop.read(directory)
+            adapter = moe_lora_interop.read(directory)
         except CheckpointError:
             return "refused"
         states = {**known, "between": between}
@@ -62,17 +62,17 @@ def test_a_peft_adapter_saved_elsewhere_and_converted_replaces_the_old_one_whole
     """The way to have what PEFT's own save does not promise."""
     for name, model in zip(("old", "new"), peft_models, strict=True):
         model.save_pretrained(tmp_path / name)
-    known = {name: interop.read(tmp_path / name) for name in ("old", "new")}
-    interop.convert(tmp_path / "old", tmp_path / "out")
+    known = {name: moe_lora_interop.read(tmp_path / name) for name in ("old", "new")}
+    moe_lora_interop.convert(tmp_path / "old", tmp_path / "out")
     with Disk(tmp_path / "out", lambda n, *_: disk.after_kill(tmp_path / f"killed{n}")).watched() as disk:
-        interop.convert(tmp_path / "new", tmp_path / "out")
+        moe_lora_interop.convert(tmp_path / "new", tmp_path / "out")
     lost = []
     for n in range(1, disk.steps + 1):
         place = tmp_path / f"killed{n}"
         try:
-            good = any(same(interop.read(place), adapter) for adapter in known.values())
+            good = any(same(moe_lora_interop.read(place), adapter) for adapter in known.values())
         except CheckpointError:
-            good = same(interop.read(place / PREVIOUS), known["old"])
+            good = same(moe_lora_interop.read(place / PREVIOUS), known["old"])
         lost += [] if good else [n]
     assert not lost, lost
     tally("converted PEFT adapters killed", tried=disk.steps, lost=len(lost))

@@ -18,14 +18,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import interop
+import moe_lora_interop
 import moe_lora_jax as mlj
-from interop.config_fields import options_of
-from interop.patterns import first_match, match_start, matches, pattern_for
-from interop.registry import dialect_named
-from interop.samples import SAMPLES, random_adapter
-from interop.storage import read_npz, write_npz
+from moe_lora_interop.config.patterns import first_match, match_start, matches, pattern_for
+from moe_lora_interop.dialects.registry import dialect_named
+from moe_lora_interop.disk.npz import read_npz, write_npz
+from moe_lora_interop.rules.configs import options_of
 from tests.adapters import assert_same_tensors
+from tools.samples import SAMPLES, random_adapter
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
 # what a layout's sample leaves open: fields that it can express with any value, with values that go together
@@ -57,10 +57,12 @@ def adapters(draw, layout):
     values |= {name: draw(values_of) for name, values_of in FREE.items() if name not in FIXED.get(layout, ())}
     if values["num_experts"] < 3 and values.get("top_k", 0) > 2:
         values["top_k"] = 2
-    config = interop.MoeLoraConfig.preset(preset, **values) if preset else interop.MoeLoraConfig(**values)
+    config = (
+        moe_lora_interop.MoeLoraConfig.preset(preset, **values) if preset else moe_lora_interop.MoeLoraConfig(**values)
+    )
     adapter = random_adapter(config, modules, seed=draw(st.integers(0, 2**32 - 1)))
     dtype = np.dtype(draw(DTYPES))
-    return interop.Adapter(adapter.config, {slot: t.astype(dtype) for slot, t in adapter.tensors.items()})
+    return moe_lora_interop.Adapter(adapter.config, {slot: t.astype(dtype) for slot, t in adapter.tensors.items()})
 
 
 @pytest.mark.parametrize("layout", SAMPLES)
@@ -72,12 +74,12 @@ def test_every_layout_gives_back_what_was_written(layout, tries, tally):
     def round_trip(adapter):
         try:
             with tempfile.TemporaryDirectory() as directory:
-                interop.write(adapter, directory, layout)
+                moe_lora_interop.write(adapter, directory, layout)
                 options = (
                     {} if layout == "native" else options_of(dialect_named(layout), adapter.config, adapter.modules)
                 )
-                back = interop.read(directory, layout, **options)
-        except interop.ConfigError as error:  # said, and not lost
+                back = moe_lora_interop.read(directory, layout, **options)
+        except moe_lora_interop.ConfigError as error:  # said, and not lost
             assert error.problems
             refused.append(error)
             return
@@ -85,7 +87,7 @@ def test_every_layout_gives_back_what_was_written(layout, tries, tally):
         assert_same_tensors(back.tensors, adapter.tensors)
         done.append(1)
 
-    refused: list[interop.ConfigError] = []
+    refused: list[moe_lora_interop.ConfigError] = []
     round_trip()
     assert len(done) > len(refused), refused[0]
     tally("round trips", tried=len(done), lost=0)
@@ -121,7 +123,7 @@ def test_trees_files_and_peft_hold_the_same_bits(tries, tally):
     import torch
     from peft import PeftModel
 
-    import interop.peft_tuner  # noqa: F401
+    import moe_lora_interop.peft_tuner  # noqa: F401
 
     class TorchModel(torch.nn.Module):
         def __init__(self):
@@ -137,21 +139,21 @@ def test_trees_files_and_peft_hold_the_same_bits(tries, tally):
     @given(CONFIGS, st.integers(0, 2**32 - 1))
     def round_trip(fields, seed):
         model, again = Model(), Model()
-        mlj.apply_moe_lora(model, interop.MoeLoraConfig(target_modules=["q", "v"], **fields), rngs=nnx.Rngs(0))
+        mlj.apply_moe_lora(model, moe_lora_interop.MoeLoraConfig(target_modules=["q", "v"], **fields), rngs=nnx.Rngs(0))
         rng = np.random.default_rng(seed)
         state = nnx.state(model, mlj.MoeLoraParam)
         bits = jax.tree.map(lambda v: rng.standard_normal(v.shape).astype(v.dtype), state)
         nnx.update(model, bits)
         with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
             mlj.save_pretrained(model, first)
-            written = interop.read(first)
+            written = moe_lora_interop.read(first)
             mlj.load_adapter(again, first)
             for one, other in zip(
                 jax.tree.leaves(bits), jax.tree.leaves(nnx.state(again, mlj.MoeLoraParam)), strict=True
             ):
                 assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
             PeftModel.from_pretrained(TorchModel(), first).save_pretrained(second)
-            back = interop.read(second)
+            back = moe_lora_interop.read(second)
         assert back.config.resolved(back.modules) == written.config.resolved(written.modules)
         assert_same_tensors(back.tensors, written.tensors)
 
@@ -168,7 +170,7 @@ PATHS = st.lists(st.sampled_from(NAMES), min_size=1, max_size=6).map(".".join)
 
 
 def test_patterns_mean_what_they_mean_in_re(tries, tally):
-    """`interop.patterns` matches with the package `regex`, which has a time limit; PEFT matches with `re`."""
+    """`config.patterns` matches with the package `regex`, which has a time limit; PEFT matches with `re`."""
     count = tries(300, 20_000)
 
     @settings(max_examples=count, deadline=None, database=None, derandomize=True)
@@ -207,14 +209,14 @@ def test_a_pattern_that_backtracks_for_ever_ends(pattern, tally):
     """The package `regex` sees at once that some of them cannot match."""
     start = time.process_time()
     for text in ("a" * 500, "a" * 500 + "!b!"):
-        with contextlib.suppress(interop.ConfigError):
+        with contextlib.suppress(moe_lora_interop.ConfigError):
             assert not matches(pattern, text)
     assert time.process_time() - start < 2
     tally("patterns", tried=2, lost=0)
 
 
 def test_a_pattern_without_a_result_in_time_is_named():
-    with pytest.raises(interop.ConfigError, match=r"'\(a\|aa\)\+\$x': no result in 0.5 s on 'aaa"):
+    with pytest.raises(moe_lora_interop.ConfigError, match=r"'\(a\|aa\)\+\$x': no result in 0.5 s on 'aaa"):
         matches("(a|aa)+$x", "a" * 500)
 
 

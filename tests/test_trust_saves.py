@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-import interop
-from interop import CheckpointError
-from interop.atomic import PREVIOUS
-from interop.samples import sample
+import moe_lora_interop
+from moe_lora_interop import CheckpointError
+from moe_lora_interop.disk.atomic import PREVIOUS
 from tests.faulty_disk import ERRORS, Disk, refuses
 from tests.save_trials import Trial, chosen, listing, same, steps_of
 from tests.trust_workers import save_for_ever
+from tools.samples import sample
 
 CASES = [("native", "native"), ("xlora", "xlora"), ("arrow", "arrow"), ("arrow", "native"), ("xlora", "loramoe")]
 cases = pytest.mark.parametrize(("old", "new"), CASES, ids=[f"{old}-{new}" for old, new in CASES])
@@ -21,7 +21,7 @@ cases = pytest.mark.parametrize(("old", "new"), CASES, ids=[f"{old}-{new}" for o
 
 @pytest.fixture(autouse=True)
 def readers_wait_no_longer(monkeypatch):
-    monkeypatch.setattr("interop.checkpoint.RETRIES", 1)
+    monkeypatch.setattr("moe_lora_interop.checkpoint.read_write.RETRIES", 1)
 
 
 # --- at every step ----------------------------------------------------------------------------------------------------
@@ -113,8 +113,8 @@ def test_a_first_save_killed_or_cut_off_is_whole_or_no_checkpoint(tmp_path, trie
     for layout in ("native", "xlora"):
         adapter, root = sample(layout, seed=1), tmp_path / layout
         root.mkdir()
-        interop.write(adapter, tmp_path / f"{layout}_whole", layout)
-        expected, files = interop.read(tmp_path / f"{layout}_whole"), listing(tmp_path / f"{layout}_whole")
+        moe_lora_interop.write(adapter, tmp_path / f"{layout}_whole", layout)
+        expected, files = moe_lora_interop.read(tmp_path / f"{layout}_whole"), listing(tmp_path / f"{layout}_whole")
         stride = tries(9, 1)
 
         def before(step, what, path, layout=layout, stride=stride):
@@ -124,16 +124,16 @@ def test_a_first_save_killed_or_cut_off_is_whole_or_no_checkpoint(tmp_path, trie
 
         disk = Disk(root, before)
         with disk.watched():
-            interop.write(adapter, root / "new" / "out", layout)
+            moe_lora_interop.write(adapter, root / "new" / "out", layout)
         disk.after_power_cut(tmp_path / f"{layout}_cut_after", 0.0, 0)
-        assert same(interop.read(tmp_path / f"{layout}_cut_after" / "new" / "out"), expected)
+        assert same(moe_lora_interop.read(tmp_path / f"{layout}_cut_after" / "new" / "out"), expected)
         for left in [*tmp_path.glob(f"{layout}_killed*"), *tmp_path.glob(f"{layout}_cut[0-9]*")]:
             tried += 1
             try:
-                whole = same(interop.read(left / "new" / "out"), expected)
+                whole = same(moe_lora_interop.read(left / "new" / "out"), expected)
             except CheckpointError:
                 whole = True
-            interop.write(adapter, left / "new" / "out", layout)
+            moe_lora_interop.write(adapter, left / "new" / "out", layout)
             if not whole or listing(left / "new" / "out") != files:
                 lost.append(left.name)
     assert not lost, lost
@@ -169,11 +169,13 @@ def test_kill_9_at_a_random_time(tmp_path, tries, tally, processes, layout):
         saving.join()
         (trial.directory / "saves_go_on").unlink()
         try:
-            adapter = interop.read(trial.directory)
+            adapter = moe_lora_interop.read(trial.directory)
             states.append(next((k for k, known in trial.adapters.items() if same(adapter, known)), "mixture"))
             good = states[-1] != "mixture"
         except CheckpointError as error:
-            kept = interop.read(trial.directory / PREVIOUS)  # which of the two was the old one is not known here
+            kept = moe_lora_interop.read(
+                trial.directory / PREVIOUS
+            )  # which of the two was the old one is not known here
             states.append("refused")
             good = "interrupted" in str(error) and any(same(kept, known) for known in trial.adapters.values())
         if not good or not trial.next_save_is_clean(trial.directory):

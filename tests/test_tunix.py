@@ -10,7 +10,7 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
-import interop.peft_tuner  # noqa: F401  registers MOE_LORA
+import moe_lora_interop.peft_tuner  # noqa: F401  registers MOE_LORA
 import moe_lora_jax as mlj
 from tests.hf import default_rope, make_model, save_model
 from tests.toy import assert_same_leaves, leaves

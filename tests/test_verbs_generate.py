@@ -8,11 +8,11 @@ import tyro
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 from transformers import AutoTokenizer
 
-from interop.errors import CheckpointError, ConfigError
-from moe_lora_jax.data.topics import questions
+from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_jax.cli.generate import generate
+from moe_lora_jax.cli.train import train
+from moe_lora_jax.demo.topics import questions
 from moe_lora_jax.models import load_base_model
-from moe_lora_jax.verbs.generate import generate
-from moe_lora_jax.verbs.train import train
 
 PROMPT = "Question: what is two plus two?\nAnswer:"
 

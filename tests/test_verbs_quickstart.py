@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
-import interop
-from interop.errors import CheckpointError, ConfigError
-from interop.shell import Shell
+import moe_lora_interop
+from moe_lora_interop.cli.shell import Shell
+from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_jax.cli import quickstart as module
+from moe_lora_jax.cli.quickstart import quickstart
+from moe_lora_jax.measure.router_statistics import topic_information
 from moe_lora_jax.models import load_base_model
-from moe_lora_jax.router_statistics import topic_information
 from moe_lora_jax.train.data import Example
-from moe_lora_jax.verbs import quickstart as module
-from moe_lora_jax.verbs.quickstart import quickstart
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "small_dirs")
 
@@ -37,7 +37,7 @@ def test_the_whole_way(small, tmp_path, capsys):
         assert topic in printed
     difference = float(printed.split("largest logit difference ")[-1].split()[0])
     assert difference < 1e-4
-    assert interop.detect(out / "adapter") == "native"
+    assert moe_lora_interop.detect(out / "adapter") == "native"
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (out / "base").iterdir()}
     line = json.loads((out / "data" / "topics.jsonl").read_text().splitlines()[0])
     assert set(line) == {"topic", "prompt", "completion"}

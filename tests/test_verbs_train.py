@@ -13,10 +13,10 @@ import pytest
 import tyro
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
-import interop
-from interop.errors import CheckpointError, ConfigError
-from moe_lora_jax.data.topics import TOPICS, in_words, questions, sentences
-from moe_lora_jax.verbs.train import train
+import moe_lora_interop
+from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_jax.cli.train import train
+from moe_lora_jax.demo.topics import TOPICS, in_words, questions, sentences
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL = {"batch_size": 2, "max_length": 100, "r": 2, "target_modules": ("q_proj", "v_proj")}
@@ -44,7 +44,7 @@ def test_the_command_line_trains_and_saves(base, data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "16 examples" in printed and "evaluation: " in printed and "4 examples" in printed
     assert f"adapter saved in {out}" in printed
-    config = interop.read(out).config
+    config = moe_lora_interop.read(out).config
     assert (config.r, config.num_experts, config.top_k) == (2, 3, 2)
     assert config.base_model_name_or_path == str(base) and config.task_type == "CAUSAL_LM"
     assert {m.rsplit(".")[-1] for m in config.target_modules} == {"q_proj", "down_proj"}
@@ -75,16 +75,18 @@ def test_training_continues_from_an_adapter(base, data, tmp_path):
     train(base, data, tmp_path / "one", steps=2, num_experts=3, **SMALL)
     train(base, data, tmp_path / "two", steps=1, learning_rate=1e-12, init_adapter=tmp_path / "one",
           batch_size=2, max_length=100, router_aux_loss_coef=0.5)  # fmt: skip
-    one, two = interop.read(tmp_path / "one"), interop.read(tmp_path / "two")
+    one, two = moe_lora_interop.read(tmp_path / "one"), moe_lora_interop.read(tmp_path / "two")
     train(base, data, tmp_path / "three", steps=1, init_adapter=tmp_path / "two", batch_size=2, max_length=100,
           router_z_loss_coef=0.25)  # fmt: skip
-    config = interop.read(tmp_path / "three").config  # what is not given is kept, also where the default is another
+    config = moe_lora_interop.read(
+        tmp_path / "three"
+    ).config  # what is not given is kept, also where the default is another
     assert (config.router_aux_loss_coef, config.router_z_loss_coef, config.r) == (0.5, 0.25, 2)
     line = (
         f"--model {base} --data {data} --output-dir {tmp_path / 'four'} --init-adapter {tmp_path / 'three'} --steps 1"
     )
     tyro.cli(train, args=[*line.split(), "--router-aux-loss-coef", "0", "--batch-size", "2", "--max-length", "100"])
-    config = interop.read(tmp_path / "four").config  # 0 is given, although it is the default
+    config = moe_lora_interop.read(tmp_path / "four").config  # 0 is given, although it is the default
     assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (0.0, 0.25)
     assert two.config.num_experts == 3 and two.config.router_aux_loss_coef == 0.5
     for key, tensor in one.tensors.items():
@@ -98,11 +100,11 @@ def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
     file = tmp_path / "fields.json"
     file.write_text(json.dumps({"rank_pattern": {"v_proj": 3}, "scoring_func": "sigmoid"}))
     train(base, data, tmp_path / "out", steps=1, adapter_config=file, **SMALL)
-    config = interop.read(tmp_path / "out").config
+    config = moe_lora_interop.read(tmp_path / "out").config
     assert config.rank_pattern == {"v_proj": 3} and config.scoring_func == "sigmoid" and config.r == 2
     file.write_text(json.dumps({"r": 3, "num_experts": 3, "top_k": 2, "lora_alpha": 32}))
     train(base, data, tmp_path / "won", steps=1, adapter_config=file, lora_alpha=16, top_k="all", **SMALL)
-    config = interop.read(tmp_path / "won").config  # given flags win, even with the value of the default
+    config = moe_lora_interop.read(tmp_path / "won").config  # given flags win, even with the value of the default
     assert (config.r, config.num_experts, config.top_k, config.lora_alpha) == (2, 3, None, 16)
     file.write_text(json.dumps({"top_q": 1}))
     with pytest.raises(ConfigError, match="top_q: unknown field"):
@@ -140,7 +142,7 @@ def test_bad_input_is_a_clear_error(base, data, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_printed_command_continues(base, data, tmp_path, tally, number):
     """In a process of its own, as a batch system would do it."""
-    run = "import sys, tyro; from moe_lora_jax.verbs.train import train; sys.exit(tyro.cli(train, args=sys.argv[1:]))"
+    run = "import sys, tyro; from moe_lora_jax.cli.train import train; sys.exit(tyro.cli(train, args=sys.argv[1:]))"
     out = tmp_path / "out"
     arguments = shlex.split(
         f"--model {base} --data {data} --output-dir {out} --steps 4000 --batch-size 2 --max-length 100 --r 2 "
@@ -187,5 +189,8 @@ def test_the_help_says_what_holds_without_a_flag(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(train, args=["--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert f"rank of one expert, or one rank per expert; {interop.MoeLoraConfig.r} if nothing says otherwise" in words
+    assert (
+        f"rank of one expert, or one rank per expert; {moe_lora_interop.MoeLoraConfig.r} if nothing says otherwise"
+        in words
+    )
     assert "all-linear (all but lm_head); all-linear if nothing says otherwise" in words and "{" + "r}" not in words

@@ -21,15 +21,17 @@ from flax import nnx
 from safetensors.numpy import load_file
 from test_peft_support import THIRD_PARTY_WARNINGS
 
-import interop
-import interop.peft_tuner  # noqa: F401  (registers)
+import moe_lora_interop
+import moe_lora_interop.peft_tuner  # noqa: F401  (registers)
 import moe_lora_jax as mlj
-from interop.adapter import config_sizes
-from interop.config import MoeLoraConfig
-from interop.dialects import JAX_TREE, NATIVE
-from interop.errors import ConfigError
-from interop.presence import block_of, expected_tensors
-from interop.rules import axes_of, decode, encode
+from moe_lora_interop.checkpoint.adapter import config_sizes
+from moe_lora_interop.checkpoint.implied_tensors import expected_tensors
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.modules import block_of
+from moe_lora_interop.dialects import NATIVE
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.rules.tensors import axes_of, decode, encode
+from moe_lora_jax.adapters.jax_tree import JAX_TREE
 from tests.hf import make_model, save_model
 from tests.numpy_mixture import NumpyMixture
 
@@ -130,7 +132,7 @@ def configs(draw, scope: str, router_input: str, usual_mix: str) -> MoeLoraConfi
         hypothesis.reject()
 
 
-def adapter_of(config: MoeLoraConfig, base: Path, seed: int = 0) -> interop.Adapter:
+def adapter_of(config: MoeLoraConfig, base: Path, seed: int = 0) -> moe_lora_interop.Adapter:
     """Random tensors for every slot that the config implies on this base."""
     shapes = {k.removesuffix(".weight"): v.shape for k, v in load_file(base / "model.safetensors").items()}
     linears = [m for m in shapes if m.endswith("_proj")]
@@ -153,13 +155,13 @@ def adapter_of(config: MoeLoraConfig, base: Path, seed: int = 0) -> interop.Adap
                 tensor[padding] = 0
             tensor *= 0.7 * tensor.shape[-1] ** -0.5
         tensors[module, role] = tensor
-    return interop.Adapter(config, tensors)
+    return moe_lora_interop.Adapter(config, tensors)
 
 
 TASK_IDS = st.sampled_from([np.array([3, 0]), np.array([[2, 0, 3], [0, 0, 0]])])
 
 
-def reference(base: Path, adapter: interop.Adapter, tasks: np.ndarray | None) -> np.ndarray:
+def reference(base: Path, adapter: moe_lora_interop.Adapter, tasks: np.ndarray | None) -> np.ndarray:
     """The truth, where it does not hang on the last bits of fp32."""
     weights, config = load_file(base / "model.safetensors"), json.loads((base / "config.json").read_text())
     truth = NumpyMixture(weights, config, adapter)
@@ -169,9 +171,9 @@ def reference(base: Path, adapter: interop.Adapter, tasks: np.ndarray | None) ->
 
 
 @contextmanager
-def native(adapter: interop.Adapter) -> Iterator[Path]:
+def native(adapter: moe_lora_interop.Adapter) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as directory:
-        interop.write(adapter, directory)
+        moe_lora_interop.write(adapter, directory)
         yield Path(directory)
 
 

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 import moe_lora_jax as mlj
-from moe_lora_jax.data.topics import questions, sentences
+from moe_lora_jax.demo import small_base
+from moe_lora_jax.demo.topics import questions, sentences
 from moe_lora_jax.models import CausalLM, DecoderConfig
 from moe_lora_jax.train.data import Example, TokenData
-from moe_lora_jax.verbs import small_base
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

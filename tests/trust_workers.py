@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-import interop
-from interop import Adapter, CheckpointError
+import moe_lora_interop
+from moe_lora_interop import Adapter, CheckpointError
 
 
 def save_for_ever(
@@ -21,7 +21,7 @@ def save_for_ever(
     """Saves one adapter after the other (for ever if `saves` is None); the file saves_go_on says that it has begun."""
     turn = itertools.cycle(adapters.values())
     for n in itertools.count() if saves is None else range(saves):
-        interop.write(next(turn), directory, layout)
+        moe_lora_interop.write(next(turn), directory, layout)
         if n == 1:
             (directory / "saves_go_on").touch()
         time.sleep(pause)
@@ -30,12 +30,12 @@ def save_for_ever(
 def save_as_another_user(adapter: Adapter, directory: Path) -> str:
     """What a user without rights on the directory is told."""
     with tempfile.TemporaryDirectory() as folder:  # imports all that it needs, from where this user may not read
-        interop.write(adapter, Path(folder, "out"))
+        moe_lora_interop.write(adapter, Path(folder, "out"))
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
     try:
-        interop.write(adapter, directory)
+        moe_lora_interop.write(adapter, directory)
     except CheckpointError as error:
         return str(error)
     return "saved"
@@ -52,7 +52,7 @@ def read_for_a_while(adapters: Mapping[str, Adapter], directory: Path, reads: in
     end = time.monotonic() + 60
     while seen.total() < reads or (not seen.keys() >= set(known.values()) and time.monotonic() < end):
         try:
-            seen[known.get(_bits(interop.read(directory)), "a mixture")] += 1
+            seen[known.get(_bits(moe_lora_interop.read(directory)), "a mixture")] += 1
         except CheckpointError as error:
             seen["refused" if "going on" in str(error) else f"refused as {error}"] += 1
         except Exception as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-import interop
+import moe_lora_interop
 
 FRAMEWORKS = {"jax", "flax", "torch", "transformers", "peft"}
 CALLS = {"train --help": "train", "run -- -m this": "torch"}
@@ -21,11 +21,17 @@ CALLS = {"train --help": "train", "run -- -m this": "torch"}
 
 def main(extra: str, goldens: Path) -> None:
     loaded = FRAMEWORKS & sys.modules.keys()
-    assert not loaded, f"interop imports {loaded}"
-    assert interop.__version__ == importlib.metadata.version("moe-lora-jax")
-    assert Path(interop.__file__).is_relative_to(sys.prefix), f"not the wheel: {interop.__file__}"
-    for package, data in (("interop", "py.typed"), ("interop", "FORMAT.md"), ("moe_lora_jax", "py.typed")):
-        assert files("interop").parent.joinpath(package, data).is_file(), f"{package}/{data} is not in the wheel"
+    assert not loaded, f"moe_lora_interop imports {loaded}"
+    assert moe_lora_interop.__version__ == importlib.metadata.version("moe-lora-jax")
+    assert Path(moe_lora_interop.__file__).is_relative_to(sys.prefix), f"not the wheel: {moe_lora_interop.__file__}"
+    for package, data in (
+        ("moe_lora_interop", "py.typed"),
+        ("moe_lora_interop", "FORMAT.md"),
+        ("moe_lora_jax", "py.typed"),
+    ):
+        assert files("moe_lora_interop").parent.joinpath(package, data).is_file(), (
+            f"{package}/{data} is not in the wheel"
+        )
     golden = goldens / "native" / "top_k"
     read_and_convert(goldens / "layouts" / "poly" / "adapter")
     assert not FRAMEWORKS & sys.modules.keys(), "reading and converting imports a framework"
@@ -41,12 +47,12 @@ def main(extra: str, goldens: Path) -> None:
 
 
 def read_and_convert(directory: Path) -> None:
-    before = interop.read(directory)
+    before = moe_lora_interop.read(directory)
     with tempfile.TemporaryDirectory() as folder:
         there, back = Path(folder, "there"), Path(folder, "back")
-        interop.convert(directory, there, to="native")
-        interop.convert(there, back, to="poly")
-        after = interop.read(back)
+        moe_lora_interop.convert(directory, there, to="native")
+        moe_lora_interop.convert(there, back, to="poly")
+        after = moe_lora_interop.read(back)
     assert after.config == before.config
     for slot, tensor in before.tensors.items():
         assert np.array_equal(after.tensors[slot], tensor), slot
@@ -72,7 +78,7 @@ def in_jax(base: Path, directory: Path) -> np.ndarray:
 
     import moe_lora_jax as mlj
 
-    assert mlj.__version__ == interop.__version__
+    assert mlj.__version__ == moe_lora_interop.__version__
     model = mlj.load_adapter(mlj.load_base_model(base), directory)
     return np.asarray(model(jnp.asarray(ids(directory.parent))))
 
@@ -86,9 +92,9 @@ def in_peft(base: Path, directory: Path) -> np.ndarray:
         import torch
         import transformers
 
-        import interop.peft_tuner
+        import moe_lora_interop.peft_tuner
 
-        assert interop.peft_tuner.MoeLoraModel
+        assert moe_lora_interop.peft_tuner.MoeLoraModel
         model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), directory)
         with torch.no_grad():
             return model(torch.tensor(ids(directory.parent))).logits.numpy()

@@ -67,8 +67,8 @@ class Choices:
 @functools.cache
 def samples() -> dict[str, dict[str, bytes]]:
     """{layout: {relative file name: bytes}} of a small sound adapter in each layout."""
-    from interop import write
-    from interop.samples import SAMPLES, sample
+    from moe_lora_interop import write
+    from tools.samples import SAMPLES, sample
 
     found = {}
     for layout in SAMPLES:
@@ -168,7 +168,7 @@ def check(layout: str, files: dict[str, bytes], directory: Path) -> bool:
     Raises:
         Exception: anything that is not a CheckpointError or ConfigError: a bug.
     """
-    import interop
+    import moe_lora_interop
 
     source, target = directory / "source", directory / "target"
     for name, content in files.items():
@@ -177,15 +177,18 @@ def check(layout: str, files: dict[str, bytes], directory: Path) -> bool:
     source.mkdir(exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for reader in (interop.detect, interop.inspect):
+        for reader in (moe_lora_interop.detect, moe_lora_interop.inspect):
             allowed(lambda reader=reader: reader(source))
-        findings = interop.verify(source)
-        named, found = allowed(lambda: interop.read(source, layout)), allowed(lambda: interop.read(source))
+        findings = moe_lora_interop.verify(source)
+        named, found = (
+            allowed(lambda: moe_lora_interop.read(source, layout)),
+            allowed(lambda: moe_lora_interop.read(source)),
+        )
         if found is None:
             assert any(finding.level == "error" for finding in findings), "verify finds nothing that read refuses"
         for adapter in (named, found):
-            if adapter is not None and allowed(lambda a=adapter: interop.write(a, target) or True):
-                back = interop.read(target)
+            if adapter is not None and allowed(lambda a=adapter: moe_lora_interop.write(a, target) or True):
+                back = moe_lora_interop.read(target)
                 assert back.config == adapter.config, "another config after a conversion"
                 assert back.tensors.keys() == adapter.tensors.keys(), "other tensors after a conversion"
                 assert all(back.tensors[k].tobytes() == t.tobytes() for k, t in adapter.tensors.items()), "other values"
@@ -194,7 +197,7 @@ def check(layout: str, files: dict[str, bytes], directory: Path) -> bool:
 
 def allowed(call: Callable[[], Any]) -> Any:
     """What the call returns, or None if it refuses in the documented way."""
-    from interop import CheckpointError, ConfigError
+    from moe_lora_interop import CheckpointError, ConfigError
 
     try:
         return call()
@@ -219,9 +222,9 @@ def main() -> None:
     arguments = parser.parse_args()
     import atheris
 
-    with atheris.instrument_imports(include=["interop"]):
-        import interop  # noqa: F401
-        import interop.samples  # noqa: F401
+    with atheris.instrument_imports(include=["moe_lora_interop"]):
+        import moe_lora_interop  # noqa: F401
+        import tools.samples  # noqa: F401
     samples()
     corpus = [arguments.corpus] if arguments.corpus else []
     options = [f"-max_total_time={round(60 * arguments.minutes)}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=256"]

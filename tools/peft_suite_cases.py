@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from interop.peft_tuner import MoeLoraConfig
+from moe_lora_interop.peft_tuner import MoeLoraConfig
 
 MLP: dict[str, dict[str, Any]] = {
     "lin0 as str": {"target_modules": "lin0"},

@@ -28,7 +28,7 @@ import peft_suite_cases
 import pytest
 from peft import LoraConfig, PeftConfig
 
-from interop.peft_tuner import MoeLoraConfig
+from moe_lora_interop.peft_tuner import MoeLoraConfig
 
 NOT_OURS = "not about MOE_LORA: "
 

@@ -23,7 +23,7 @@ from benchmarks.effect.plan import next_run
 from benchmarks.effect.run import General, provenance, run, scored
 from benchmarks.effect.session import Session, Settings
 from benchmarks.effect.tasks import TASKS
-from interop.config import MoeLoraConfig
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax import load_base_model
 from moe_lora_jax.train.tokenizer import load_tokenizer
 

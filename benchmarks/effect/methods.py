@@ -4,7 +4,7 @@ The scaling is lora_alpha / r = 2 everywhere, and all linear layers of SmolLM2-1
 equal parameters on that model (tests/test_effect.py counts them).
 """
 
-from interop.config import MoeLoraConfig
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
 
 EXPERTS, RANK = 8, 4
 BALANCE = 0.01  # Switch Transformer's coefficient

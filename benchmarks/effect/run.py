@@ -13,7 +13,7 @@ from benchmarks.effect.knockout import knockout_matrix, own_and_others, without
 from benchmarks.effect.plan import SEEDS, Run
 from benchmarks.effect.score import Scores
 from benchmarks.effect.session import Session
-from moe_lora_jax.router_statistics import topic_information
+from moe_lora_jax.measure.router_statistics import topic_information
 from moe_lora_jax.train.data import Example
 from moe_lora_jax.train.health import module_health
 

@@ -11,7 +11,7 @@ from flax import nnx
 import moe_lora_jax as mlj
 from benchmarks.effect.data import LENGTH, Split
 from benchmarks.effect.score import make_scorer
-from interop.config import MoeLoraConfig
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax.train import Batch, make_train_step, split_model
 from moe_lora_jax.train.batches import collate
 from moe_lora_jax.train.data import Example

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from interop.module_order import traversal_order
-from moe_lora_jax.linear_maps import linear_map
-from moe_lora_jax.model_router import ModelRouter
+from moe_lora_interop.config.modules import traversal_order
+from moe_lora_jax.layers.linear_maps import linear_map
+from moe_lora_jax.layers.model_router import ModelRouter
+from moe_lora_jax.layers.router import RouterRecord
+from moe_lora_jax.layers.router_outputs import router_outputs
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.decoder import Decoder
-from moe_lora_jax.router import RouterRecord
-from moe_lora_jax.router_outputs import router_outputs
 
 Cache = KVCache | tuple[KVCache, KVCache]
 

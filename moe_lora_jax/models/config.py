@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from interop.errors import ConfigError
+from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models.activations import ACTIVATIONS
 from moe_lora_jax.models.families import FAMILIES, FULL, SLIDING, Family
 from moe_lora_jax.models.fields import Fields
@@ -135,7 +135,7 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
     for name, family in FAMILIES.items():
         if architectures == [name]:
             return name, family
-    hint = "in PyTorch, the PEFT method MOE_LORA takes any model: import interop.peft_tuner"
+    hint = "in PyTorch, the PEFT method MOE_LORA takes any model: import moe_lora_interop.peft_tuner"
     raise ConfigError("unsupported model", [f"architectures: {architectures!r}, supported: {sorted(FAMILIES)}", hint])
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from interop.errors import CheckpointError
-from interop.files import read_json
-from interop.weight_files import WeightFiles
+from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.disk.model_directory import WeightFiles
+from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DTYPES, DecoderConfig
 from moe_lora_jax.models.repeat import check_remat

@@ -3,10 +3,10 @@
 Needs matplotlib: `pip install 'moe-lora-jax[report]'`. Every function returns a matplotlib figure.
 """
 
+from moe_lora_jax.measure.router_statistics import RouterStatistics, router_statistics
 from moe_lora_jax.report.curves import plot_balance, plot_entropy, plot_losses
 from moe_lora_jax.report.heat_maps import plot_router, plot_similarity, plot_topics
 from moe_lora_jax.report.similarity import delta_similarity
-from moe_lora_jax.router_statistics import RouterStatistics, router_statistics
 
 __all__ = [
     "RouterStatistics",

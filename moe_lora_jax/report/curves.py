@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from moe_lora_jax.projections import by_projection
+from moe_lora_jax.adapters.projections import by_projection
+from moe_lora_jax.measure.router_statistics import RouterStatistics
 from moe_lora_jax.report.style import COLOURS, INK, WIDTH, figure, line_looks
-from moe_lora_jax.router_statistics import RouterStatistics
 
 Records = Sequence[Mapping[str, Any]]
 """Lines of training/metrics.jsonl."""

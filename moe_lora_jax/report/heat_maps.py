@@ -9,10 +9,10 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from moe_lora_jax.projections import by_projection
+from moe_lora_jax.adapters.projections import by_projection
+from moe_lora_jax.measure.router_statistics import RouterStatistics, router_statistics, topic_information
 from moe_lora_jax.report.similarity import mean_pairs
 from moe_lora_jax.report.style import WIDTH, figure, heat_map
-from moe_lora_jax.router_statistics import RouterStatistics, router_statistics, topic_information
 from moe_lora_jax.train.data import TokenData
 
 _PERCENT = PercentFormatter(1.0, decimals=0)

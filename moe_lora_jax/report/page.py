@@ -11,8 +11,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from moe_lora_jax.adapters.parameter_summary import Summary
 from moe_lora_jax.report.style import INK
-from moe_lora_jax.summary import Summary
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from interop.adapter import Adapter
+from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_jax.measure.router_statistics import RouterStatistics, topic_information
 from moe_lora_jax.report.curves import Records, plot_balance, plot_entropy, plot_losses
 from moe_lora_jax.report.heat_maps import plot_router, plot_similarity, plot_topics
 from moe_lora_jax.report.page import Section
 from moe_lora_jax.report.similarity import delta_similarity, mean_pairs
-from moe_lora_jax.router_statistics import RouterStatistics, topic_information
 
 
 def all_sections(adapter: Adapter, statistics: RouterStatistics | str, records: Records | str) -> list[Section]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from interop.adapter import Adapter
+from moe_lora_interop.checkpoint.adapter import Adapter
 
 
 def delta_similarity(adapter: Adapter) -> Mapping[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """Training a mixture-of-LoRA adapter: data, losses, optimizer, a functional step, and the loop with exact resume."""
 
-from moe_lora_jax.filters import experts_only, router_only
+from moe_lora_jax.adapters.filters import experts_only, router_only
 from moe_lora_jax.train.data import TokenData, read_data, split_by, split_data
 from moe_lora_jax.train.errors import DataError, TrainingError
-from moe_lora_jax.train.evaluate import evaluate
+from moe_lora_jax.train.evaluation import evaluate
 from moe_lora_jax.train.loop import TrainResult, train
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine

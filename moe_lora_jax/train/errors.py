@@ -1,6 +1,6 @@
 """The errors of training; both list every problem found, like every error of this library."""
 
-from interop.errors import CheckpointError
+from moe_lora_interop.errors import CheckpointError
 
 
 class DataError(CheckpointError):

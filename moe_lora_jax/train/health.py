@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from interop.config import MoeLoraConfig
-from moe_lora_jax.router import RouterOutput
-from moe_lora_jax.router_outputs import alike
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_jax.layers.router import RouterOutput
+from moe_lora_jax.layers.router_outputs import alike
 
 logger = logging.getLogger(__name__)
 

@@ -4,23 +4,25 @@ import contextlib
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from interop.config import MoeLoraConfig
-from interop.memory import explained
-from interop.shell import progress
-from interop.stuck_routers import warn_of_stuck_routers
-from moe_lora_jax.checkpoint import save_pretrained
-from moe_lora_jax.experts import MoeLoraParam
-from moe_lora_jax.filters import PARTS
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
+from moe_lora_interop.errors import explained
+from moe_lora_interop.progress_bar import progress
+from moe_lora_jax.adapters.checkpoint import save_pretrained
+from moe_lora_jax.adapters.filters import PARTS
+from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.processes import largest
 from moe_lora_jax.sharding import mesh_of, put_rows, row_parts
@@ -34,7 +36,6 @@ from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step, merge_back, split_model
 from moe_lora_jax.train.stop_signals import stop_signals
-from moe_lora_jax.train.window import Window
 
 
 @dataclass(frozen=True)
@@ -296,3 +297,23 @@ def _memory(settings: TrainSettings, data: TokenData) -> tuple[str, list[str]]:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+@dataclass
+class Window:
+    """Sums since the last logged step."""
+
+    started: float = field(default_factory=time.perf_counter)
+    tokens: float = 0.0
+    router: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, metrics: StepMetrics) -> None:
+        self.tokens += float(metrics.tokens)
+        self.router = {
+            module: sums if module not in self.router else jax.tree.map(np.add, self.router[module], sums)
+            for module, sums in metrics.router.items()
+        }
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / max(time.perf_counter() - self.started, 1e-9)

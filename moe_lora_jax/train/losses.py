@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from interop.config import MoeLoraConfig
-from moe_lora_jax.gating import top_k_slots
-from moe_lora_jax.router import RouterOutput
-from moe_lora_jax.router_outputs import alike
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_jax.layers.gating import top_k_slots
+from moe_lora_jax.layers.router import RouterOutput
+from moe_lora_jax.layers.router_outputs import alike
 
 
 class TokenLoss(NamedTuple):

@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 import jax
 from flax import nnx
 
-from interop.atomic import replace_file
+from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events

@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from interop.errors import ConfigError
-from moe_lora_jax.filters import Part
+from moe_lora_interop.errors import ConfigError
+from moe_lora_jax.adapters.filters import Part
 
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
 FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "resume")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from interop.config import MoeLoraConfig
-from moe_lora_jax.experts import MoeLoraParam
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.sharding import mesh_of, put_rest, replicated
 from moe_lora_jax.train.health import RouterSums, router_sums

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from interop.errors import CheckpointError
-from interop.files import CONFIG_NAME
+from moe_lora_interop.disk.files import CONFIG_NAME
+from moe_lora_interop.errors import CheckpointError
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:

@@ -14,14 +14,14 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 import numpy as np
-from safetensors.numpy import load_file, save_file
-
-import interop
 from interop.config_fields import options_of
 from interop.presence import block_of, expected_tensors
 from interop.registry import dialect_named
 from interop.rules import axes_of
 from interop.samples import SAMPLES
+from safetensors.numpy import load_file, save_file
+
+import interop
 from tests.golden.variants import IDS, LLAMA, NATIVE, TASK_IDS
 from tests.numpy_mixture import NumpyMixture
 

@@ -1,0 +1,66 @@
+"""An adapter in memory: a config and tensors in canonical axes."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_lora_interop.checkpoint.implied_tensors import layout_problems
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.modules import traversal_order
+from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.rules.tensors import Sizes
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A mixture-of-LoRA adapter.
+
+    Attributes:
+        config: with target_modules resolved to the sorted list of modules that have experts.
+        tensors: {(module, role): array}; roles and their canonical axes are `rules.ROLES`. A router of a
+            feed-forward block is at the block's path, a router of the model at "".
+
+    Raises:
+        CheckpointError: a tensor that the config implies is missing, one it does not imply is present, or one has
+            another shape or dtype; all of them are listed.
+    """
+
+    config: MoeLoraConfig
+    tensors: Mapping[tuple[str, str], np.ndarray]
+
+    def __post_init__(self) -> None:
+        native = {s: t if t.dtype.isnative else t.astype(t.dtype.newbyteorder("=")) for s, t in self.tensors.items()}
+        object.__setattr__(self, "tensors", native)
+        problems = layout_problems(self.config, self.tensors)
+        if problems:
+            raise CheckpointError("the tensors do not fit the config", problems)
+        config = self.config.resolved(self.modules)
+        if config.layerwise and config.module_order is None:
+            routed = [m for m in self.modules if config.for_module(m).has_router]
+            config = dataclasses.replace(config, module_order=traversal_order(routed))
+        object.__setattr__(self, "config", config)
+
+    @property
+    def modules(self) -> list[str]:
+        """The sorted paths of the modules that the adapter changes."""
+        return sorted({module for module, role in self.tensors if role == "lora_B"})
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the experts; routers may have another."""
+        return next(t.dtype for (_, role), t in self.tensors.items() if role == "lora_A")
+
+
+def config_sizes(config: MoeLoraConfig) -> Sizes:
+    """The sizes that only a config knows, as `moe_lora_interop.rules.tensors` asks for them."""
+
+    def sizes(module: str) -> dict[str, int | tuple[int, ...]]:
+        try:
+            of_module = config.for_module(module)
+        except ConfigError:  # said for all modules at once by `layout_problems`
+            return {}
+        return {"expert": of_module.num_experts, "rank": of_module.ranks, "split": config.n_splits}
+
+    return sizes

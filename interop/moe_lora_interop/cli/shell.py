@@ -1,0 +1,42 @@
+"""Where a verb's words go, and the two flags that say so: the result and remarks to stdout, progress to stderr."""
+
+import contextlib
+import json
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from moe_lora_interop.errors import printable
+from moe_lora_interop.progress_bar import Bar, progress
+
+Quiet = Annotated[bool, tyro.conf.arg(help="No progress and no remarks: only what was asked for, errors and warnings.")]
+Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON, and no other text.")]
+
+
+class Shell:
+    """A verb's output under its flags.
+
+    Args:
+        quiet: no progress and no remarks. Errors and warnings never come this way.
+        json: the result is one JSON document, alone on stdout.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: bool = False):
+        self.json = json
+        self.remarks = Console(quiet=quiet or json, highlight=False, markup=False, soft_wrap=True)
+        self.terminal = Console(stderr=True, quiet=quiet)
+
+    def say(self, line: str) -> None:
+        """A remark: beside the result, or the only word where the result is files."""
+        if not self.remarks.quiet:
+            print(printable(line))
+
+    def give(self, result: Any) -> None:
+        """The result, if --json wants it."""
+        if self.json:
+            print(json.dumps(result, indent=2, default=str))
+
+    def progress(self, text: str) -> "contextlib.AbstractContextManager[Bar]":
+        """See `progress`."""
+        return progress(text, self.terminal)

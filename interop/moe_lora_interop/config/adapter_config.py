@@ -1,0 +1,344 @@
+"""The adapter's configuration: one vocabulary for JAX, PyTorch and every file layout.
+
+The forward pass that a config describes, for a target linear layer W0 with experts e = 1..E:
+
+    z      = (R x + b) / router_temperature                      router logits, fp32, [expert]
+    p      = softmax(z) | softmax(|z|) | sigmoid(z)              scoring_func
+    keep   = all | the top_k largest p | p >= tau                tau = threshold, times sigmoid(w.x + c) if adaptive
+    g      = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
+    y      = W0 x + sum_e routed_scaling_factor * g_e * s_e * B_e A_e x
+    s_e    = lora_alpha_e / r_e, or lora_alpha_e / sqrt(r_e) with use_rslora
+
+A module with one expert has no router: it is plain LoRA, y = W0 x + s B A x.
+
+Where the router stands (`scope`), what it reads (`router_input`) and what is mixed (`mix`):
+
+    linear, hidden   one router per target linear layer; x is that layer's input
+    ffn, hidden      one router per feed-forward block; x is the block's input, and whole expert blocks are mixed:
+                     FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e being W0 + s_e B_e A_e (MixLoRA)
+    model, hidden    one MLP router for the model; x is the last hidden state (after the final norm) of a first pass
+                     without the adapter (X-LoRA); layerwise: E logits for each target module, in module_order
+    task             z = R(T[task]), T a table [task, dim]; with task_embedding_dim None the table's rows are the logits
+    mix = weights    A = [sum_e g_qe A_e,q for q in splits], B likewise, y = W0 x + s B A x (Poly, MHR): the input of A
+                     and the output of B are cut into n_splits parts, each with its own gates
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from moe_lora_interop.config import validation
+from moe_lora_interop.config.patterns import first_match, pattern_for
+from moe_lora_interop.config.presets import PRESETS, SHARE
+from moe_lora_interop.config.targets import Targets
+from moe_lora_interop.config.validation import FORMAT_VERSION, PEFT_TYPE
+from moe_lora_interop.errors import ConfigError
+
+# Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes.
+BOOKKEEPING = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+
+
+PATTERNS = {
+    "rank_pattern": "r",
+    "alpha_pattern": "lora_alpha",
+    "num_experts_pattern": "num_experts",
+    "top_k_pattern": "top_k",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeLoraConfig:
+    """Configuration of a mixture-of-LoRA-experts adapter. Validated at construction; treat its lists as read-only.
+
+    Two configs are equal if they describe the same function: PEFT's bookkeeping fields are not compared.
+
+    Args:
+        r: rank of ONE expert, or one rank per expert.
+        lora_alpha: numerator of the scaling s = lora_alpha / r, or one per expert.
+        use_rslora: s = lora_alpha / sqrt(r) instead (arXiv:2312.03732).
+        num_experts: E, experts per target module.
+        shared_lora_A: one A for all experts of a module (HydraLoRA, arXiv:2404.19245).
+        target_modules: names (whole paths or last parts), a regular expression, or "all-linear".
+        exclude_modules: the same forms; wins over target_modules.
+        layers_to_transform: restrict to these layer numbers, as in PEFT.
+        layers_pattern: the path segment before the layer number, as in PEFT.
+        rank_pattern: {regular expression: r} per module; the first that matches the end of the module's path wins, as
+            in PEFT.
+        alpha_pattern: likewise for lora_alpha.
+        num_experts_pattern: likewise for num_experts; 1 is plain LoRA.
+        top_k_pattern: likewise for top_k; None is dense.
+        init_lora_weights: True: B = 0, so the adapter starts as the identity. False: B random (for tests).
+        modules_to_save: modules trained and saved whole beside the adapter (PyTorch only).
+        scope: where the router stands: "linear", "ffn" (arXiv:2404.15159) or "model" (arXiv:2402.07148).
+        router_input: "hidden" or "task" (task ids are then given at call time).
+        router_depth: linear layers of the router, with ReLU between; more than one only in model scope. 0: the task
+            table itself holds the logits.
+        router_hidden_size: width between the router's layers.
+        num_tasks: rows of the task table; ids run from 0 to num_tasks - 1.
+        task_embedding_dim: width of the task table; None if its rows are the logits.
+        layerwise: the model's router emits separate weights for every target module.
+        module_order: the modules in the order of a layerwise router's rows; filled in by `apply` and by readers.
+        mix: "outputs" or "weights" (arXiv:2202.13914).
+        n_splits: parts of input and output with gates of their own, with mix = "weights" (arXiv:2211.03831).
+        router_bias: whether the router has a bias b.
+        scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157) or "sigmoid".
+        router_temperature: divides the logits (and |logits|).
+        top_k: experts kept per token; None keeps all (dense).
+        threshold: keep experts with p >= threshold (MoLE); with adaptive_threshold it is the largest tau
+            (AdaMoLE, arXiv:2405.00361).
+        adaptive_threshold: tau = threshold * sigmoid(w.x + c) is learned per module, and subtracted from p.
+        norm_topk_prob: divide the kept weights by their sum; if nothing is kept the delta is zero.
+        routed_scaling_factor: multiplies every weight of a routed module.
+        lora_dropout: dropout on the experts' input, in training.
+        expert_dropout: dropout on the gates (kept ones scaled by 1/(1-p)), in training.
+        router_dropout: dropout between the layers of a deep router, in training.
+        router_jitter_noise: eps; the router's input is multiplied by U(1-eps, 1+eps), in training.
+        router_aux_loss: how use is balanced: "switch" (mean of the modules' losses, arXiv:2101.03961), "mixtral" (the
+            modules' tokens pooled, as transformers does) or "localized" (LoRAMoE's constraint, arXiv:2312.09979).
+        router_aux_loss_delta: delta of the localized loss: how far the two halves of the experts are pulled apart.
+        router_aux_loss_coef: coefficient of the balancing loss.
+        router_z_loss_coef: coefficient of the z loss (arXiv:2202.08906).
+        format_version: version of the native file format.
+        peft_type: marks the format.
+        base_model_name_or_path: bookkeeping of PEFT: the base model.
+        revision: bookkeeping of PEFT: of the base model.
+        task_type: bookkeeping of PEFT.
+        inference_mode: bookkeeping of PEFT.
+        auto_mapping: bookkeeping of PEFT.
+        peft_version: bookkeeping of PEFT: who wrote it.
+
+    Raises:
+        ConfigError: with one entry per wrong field: what was found and what is allowed.
+    """
+
+    r: int | list[int] = 8
+    lora_alpha: float | list[float] = 16
+    use_rslora: bool = False
+    num_experts: int = 4
+    shared_lora_A: bool = False
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float | list[float]] = dataclasses.field(default_factory=dict)
+    num_experts_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    top_k_pattern: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    init_lora_weights: bool = True
+    modules_to_save: list[str] | None = None
+
+    scope: str = "linear"
+    router_input: str = "hidden"
+    router_depth: int = 1
+    router_hidden_size: int | None = None
+    num_tasks: int | None = None
+    task_embedding_dim: int | None = None
+    layerwise: bool = False
+    module_order: list[str] | None = None
+    mix: str = "outputs"
+    n_splits: int = 1
+    router_bias: bool = False
+    scoring_func: str = "softmax"
+    router_temperature: float = 1.0
+    top_k: int | None = None
+    threshold: float | None = None
+    adaptive_threshold: bool = False
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    lora_dropout: float = 0.0
+    expert_dropout: float = 0.0
+    router_dropout: float = 0.0
+    router_jitter_noise: float = 0.0
+    router_aux_loss: str = "switch"
+    router_aux_loss_delta: float = 0.0
+    router_aux_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+
+    format_version: int = FORMAT_VERSION
+    peft_type: str = PEFT_TYPE
+    base_model_name_or_path: str | None = dataclasses.field(default=None, compare=False)
+    revision: str | None = dataclasses.field(default=None, compare=False)
+    task_type: str | None = dataclasses.field(default=None, compare=False)
+    inference_mode: bool = dataclasses.field(default=False, compare=False)
+    auto_mapping: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
+    peft_version: str | None = dataclasses.field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            try:
+                object.__setattr__(self, field.name, _as_json(getattr(self, field.name)))
+            except RecursionError:
+                problem = f"{field.name}: nested too deeply, expected {validation.FIELD_RULES[field.name][1]}"
+                raise ConfigError("invalid MoeLoraConfig", [problem]) from None
+        if isinstance(self.target_modules, list) and all(isinstance(t, str) for t in self.target_modules):
+            object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
+        problems = validation.problems(self)
+        if problems:
+            raise ConfigError("invalid MoeLoraConfig", problems)
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(_floats(self.semantic_dict()), sort_keys=True))  # 16 and 16.0 are equal
+
+    @property
+    def targets(self) -> Targets:
+        """Which module paths the adapter is applied to."""
+        return Targets(
+            self.target_modules,
+            self.exclude_modules,
+            self.layers_to_transform,
+            self.layers_pattern,
+            self.modules_to_save,
+        )
+
+    def for_module(self, module: str) -> "ModuleConfig":
+        """The sizes and selection of one target module, after the patterns.
+
+        Raises:
+            ConfigError: the patterns give this module a per-expert list of the wrong length or top_k > num_experts.
+        """
+        experts = first_match(self.num_experts_pattern, module, self.num_experts)
+        ranks = _per_expert(first_match(self.rank_pattern, module, self.r), experts)
+        alphas = _per_expert(first_match(self.alpha_pattern, module, self.lora_alpha), experts)
+        top_k = first_match(self.top_k_pattern, module, self.top_k) if experts > 1 else None
+        problems = [
+            f"{module}: {name} has {len(values)} entries, expected one number or {experts} (num_experts of this module)"
+            for name, values in (("r", ranks), ("lora_alpha", alphas))
+            if len(values) != experts
+        ]
+        if top_k is not None and top_k > experts:
+            problems.append(f"{module}: top_k is {top_k}, expected at most {experts} (num_experts of this module)")
+        if self.shared_lora_A and len(set(ranks)) > 1:
+            problems.append(f"{module}: shared_lora_A with unequal ranks {list(ranks)}, expected one rank")
+        if self.mix == "weights" and (len(set(ranks)) > 1 or len(set(alphas)) > 1):
+            problems.append(f"{module}: mix = weights with unequal r or lora_alpha, expected one of each")
+        if self.scope == "model" and experts not in (1, self.num_experts):
+            problems.append(f"{module}: num_experts is {experts}, expected {self.num_experts} (one router) or 1 (none)")
+        if problems:
+            raise ConfigError("the patterns do not fit together", problems)
+        return ModuleConfig(experts, ranks, alphas, self.use_rslora, top_k, self.shared_lora_A)
+
+    def resolved(self, modules: Iterable[str]) -> "MoeLoraConfig":
+        """The same function on these modules, said in one way, so that two configs can be compared.
+
+        target_modules is their sorted list; the patterns are rewritten so that their order does not matter, because
+        JSON writers (PEFT's too) sort it.
+        """
+        names = sorted(modules)
+        owners = names + (sorted({m.rpartition(".")[0] for m in names}) if self.scope == "ffn" else [])
+        patterns = {}
+        for pattern, field in PATTERNS.items():
+            default = getattr(self, field)
+            values = {m: first_match(getattr(self, pattern), m, default) for m in owners}
+            patterns[pattern] = pattern_for(values, default) if getattr(self, pattern) else {}
+        others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        return dataclasses.replace(self, target_modules=names, **others, **patterns)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary of every field; the inverse of `from_dict`."""
+        return {f.name: _as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "MoeLoraConfig":
+        """Builds a config from the parsed adapter_config.json.
+
+        Raises:
+            ConfigError: wrong peft_type, newer format_version, or fields that this version does not know (unknown
+                fields that are null are accepted: a newer PEFT adds such fields to every config).
+        """
+        if data.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
+            raise ConfigError(
+                "not a native config", [f"peft_type: found {data['peft_type']!r}, expected {PEFT_TYPE!r}"]
+            )
+        version = data.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ConfigError(
+                "written by a newer moe-lora-jax",
+                [
+                    f"format_version: found {version}, this release reads up to {FORMAT_VERSION}: upgrade moe-lora-jax "
+                    f"to a release that reads version {version}"
+                ],
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = [f"{k}: unknown field with value {v!r}" for k, v in data.items() if k not in known and v is not None]
+        if version is None:
+            unknown.append(f"format_version: missing, expected {FORMAT_VERSION}")
+        if unknown:
+            raise ConfigError("invalid adapter_config.json", unknown)
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> "MoeLoraConfig":
+        """A published method's routing (`moe_lora_interop.config.presets.PRESETS`), with any field set otherwise.
+
+        Example:
+            >>> MoeLoraConfig.preset("mixlora", num_experts=8, target_modules="all-linear").scope
+            'ffn'
+
+        Raises:
+            ConfigError: no preset of this name, or fields that do not go with it.
+        """
+        if name not in PRESETS:
+            problem = f"preset: found {name!r}, expected one of {', '.join(sorted(PRESETS))}"
+            raise ConfigError("unknown preset", [problem])
+        values = {**PRESETS[name], **fields}
+        experts = values.get("num_experts", cls.num_experts)
+        return cls(**{k: 1 / experts if v is SHARE else v for k, v in values.items()})
+
+    def semantic_dict(self) -> dict[str, Any]:
+        """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
+        return {k: v for k, v in self.to_dict().items() if k not in BOOKKEEPING}
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """What the config says about one target module. `ranks` and `alphas` have one entry per expert."""
+
+    num_experts: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    use_rslora: bool
+    top_k: int | None
+    shared_lora_A: bool
+
+    @property
+    def rank(self) -> int:
+        """Size of the rank axis in memory; experts of smaller rank are zero-padded up to it."""
+        return max(self.ranks)
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """s_e = alpha_e / r_e, or alpha_e / sqrt(r_e) with use_rslora."""
+        return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in zip(self.alphas, self.ranks, strict=True))
+
+    @property
+    def has_router(self) -> bool:
+        """One expert needs no router: the module is plain LoRA."""
+        return self.num_experts > 1
+
+
+def _per_expert(value: Any, experts: int) -> tuple:
+    return tuple(value) if isinstance(value, list) else (value,) * experts
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _floats(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_floats(v) for v in value]
+    return float(value) if isinstance(value, int) else value
+
+
+def _as_json(value: Any) -> Any:
+    """A private copy in JSON's own types (tuples and sets become lists, enums their values)."""
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, list | tuple):
+        return [_as_json(v) for v in value]
+    return str(value.value) if isinstance(value, Enum) else value

@@ -1,0 +1,53 @@
+"""A routing rule in words."""
+
+from typing import Protocol
+
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+
+
+class GatesRule(Protocol):
+    """How gates follow from logits: the fields of this meaning in a config, or in one module's rule."""
+
+    @property
+    def scoring_func(self) -> str: ...
+    @property
+    def top_k(self) -> int | None: ...
+    @property
+    def threshold(self) -> float | None: ...
+    @property
+    def adaptive_threshold(self) -> bool: ...
+    @property
+    def norm_topk_prob(self) -> bool: ...
+    @property
+    def routed_scaling_factor(self) -> float: ...
+
+
+def routing_in_words(config: MoeLoraConfig) -> str:
+    """The routing rule of a config in one line, from the router's input to the gates."""
+    if config.num_experts == 1 and not config.num_experts_pattern:
+        return "none, one expert (plain LoRA)"
+    logits = "z = R x" + (" + b" if config.router_bias else "")
+    if config.router_temperature != 1:
+        logits = f"z = ({logits[4:]}) / {config.router_temperature:g}"
+    by_module = f" (top_k per module: {config.top_k_pattern})" if config.top_k_pattern else ""
+    return f"{logits}, {gates_in_words(config, by_module)}"
+
+
+def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
+    """From logits z to gates in one line.
+
+    Args:
+        by_module: said after what is kept.
+    """
+    score = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)"}[rule.scoring_func]
+    if rule.top_k is not None:
+        kept = f"the {rule.top_k} largest"
+    elif rule.adaptive_threshold:
+        kept = f"those with p >= tau = {rule.threshold:g} * sigmoid(w.x + c), tau subtracted"
+    elif rule.threshold is not None:
+        kept = f"those with p >= {rule.threshold:g}"
+    else:
+        kept = "all"
+    norm = ", divided by their sum" if rule.norm_topk_prob else ", not renormalised"
+    factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
+    return f"p = {score}, keep {kept}{by_module}{norm}{factor}"

@@ -1,0 +1,71 @@
+"""The order in which a model's modules are traversed, for layouts that number modules without naming them."""
+
+import re
+from collections.abc import Iterable
+
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.errors import ConfigError
+
+# Order of definition in the decoder layers of transformers (named_modules order): Llama, Mistral, Qwen, Gemma.
+_WITHIN_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def traversal_order(modules: Iterable[str]) -> list[str]:
+    """The modules by layer, and within a layer as transformers defines them.
+
+    Raises:
+        ConfigError: a module's place is not known; the option `module_order` must then be given.
+    """
+    names = list(modules)
+    unknown = sorted({m.rsplit(".", 1)[-1] for m in names} - set(_WITHIN_LAYER))
+    if unknown:
+        problem = f"option module_order: missing, the order of {', '.join(unknown)} among the modules is not known"
+        raise ConfigError("unknown module order", [problem])
+    return sorted(names, key=lambda m: (_numbers(m), _WITHIN_LAYER.index(m.rsplit(".", 1)[-1])))
+
+
+def _numbers(module: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\.(\d+)\.", module)]
+
+
+def router_owners(config: MoeLoraConfig, routed: list[str]) -> list[str]:
+    """Where the routers of these modules stand: at each module, at its feed-forward block, or at the model ("").
+
+    Raises:
+        ConfigError: the modules of a feed-forward block have different numbers of experts.
+    """
+    if config.scope == "linear":
+        return routed
+    if config.scope == "model":
+        return [""] if routed else []
+    blocks: dict[str, dict[str, int]] = {}
+    for module in routed:
+        blocks.setdefault(block_of(module), {})[module] = config.for_module(module).num_experts
+    uneven = [
+        f"{block}: its layers have different num_experts {experts}, expected {config.for_module(block).num_experts}"
+        for block, experts in blocks.items()
+        if set(experts.values()) != {config.for_module(block).num_experts}
+    ]
+    if uneven:
+        raise ConfigError("one router per feed-forward block needs one num_experts", uneven)
+    return list(blocks)
+
+
+def block_of(module: str) -> str:
+    """The feed-forward block that a linear layer belongs to: its parent."""
+    return module.rpartition(".")[0]
+
+
+LAST_NAMES = ("down_proj", "fc2", "w2", "wo", "c_proj", "dense_4h_to_h")
+
+
+def last_layer(layers: dict[str, tuple[int, int]]) -> str | None:
+    """The layer of a block whose output is the block's: by its name, or the only one that narrows; None if unclear.
+
+    Args:
+        layers: {name: (in_features, out_features)}.
+    """
+    named = [name for name in layers if name in LAST_NAMES]
+    narrowing = [name for name, (size_in, size_out) in layers.items() if size_out < size_in]
+    found = named if len(named) == 1 else narrowing
+    return found[0] if len(found) == 1 else None

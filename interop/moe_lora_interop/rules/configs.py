@@ -1,0 +1,203 @@
+"""Between another project's adapter_config.json and our config, by the fields of its `Dialect`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_lora_interop.config.adapter_config import BOOKKEEPING, MoeLoraConfig
+from moe_lora_interop.config.modules import traversal_order
+from moe_lora_interop.config.patterns import pattern_for
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.rules.codecs import Values
+from moe_lora_interop.rules.dialect import REQUIRED, SET, Dialect, lookup
+from moe_lora_interop.rules.lora_fields import INERT
+
+EMPTY: tuple[Any, ...] = (None, False, [], {}, "", 0)
+EXPERT_CONST = {"peft_type": "LORA", "bias": "none"}
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(MoeLoraConfig)}
+_UNWRITTEN = {*BOOKKEEPING, "init_lora_weights", "target_modules", "module_order", "peft_type", "format_version"}
+_PATTERNS = {"r", "lora_alpha", "num_experts", "top_k"} | {n for n in _DEFAULTS if n.endswith("_pattern")}
+_TARGETS = {"exclude_modules", "layers_to_transform", "layers_pattern"}
+
+
+def config_of(
+    dialect: Dialect, raw: Mapping[str, Any], tensors: Mapping[tuple[str, str], np.ndarray], options: Mapping[str, Any]
+) -> MoeLoraConfig:
+    """Our config for a foreign one.
+
+    Args:
+        raw: their config, parsed.
+        tensors: canonical; where the layout leaves numbers to the tensors.
+        options: what the caller gave for `dialect.options`.
+
+    Raises:
+        ConfigError: fields that are missing, not understood or contradictory, and options that are missing; all listed.
+    """
+    modules = sorted({module for module, role in tensors if role == "lora_B"})
+    ours: Values = {**dialect.fixed}
+    problems = [*_unknown_fields(dialect, raw), *_option_problems(dialect, options)]
+    if dialect.experts_from_tensors:
+        _count_experts(tensors, modules, ours)
+    problems += [
+        f"{name}: found {raw.get(name)!r}, the tensors say {tensors['', role].shape[axis]}"
+        for name, (role, axis) in dialect.measured.items()
+        if ("", role) in tensors and raw.get(name) != tensors["", role].shape[axis]
+    ]
+    for field in dialect.fields:
+        value = lookup(raw, field.theirs, field.default)
+        if value is REQUIRED:
+            problems.append(f"{field.theirs}: missing field")
+            continue
+        _apply(field.codec.ours, field.ours, value, ours, modules, problems)
+    for option in dialect.options:
+        value = options.get(option.name, option.default)
+        if value is not REQUIRED and option.name in _DEFAULTS:
+            _apply(option.codec.ours, option.name, value, ours, modules, problems)
+    if dialect.cases:
+        problems.extend(_apply_case(dialect, raw, ours))
+    if dialect.plain and isinstance(ours.get("num_experts"), int):
+        plain = {m: 1 if (m, "router") not in tensors and tensors[m, "lora_B"].shape[0] == 1 else 0 for m in modules}
+        if not dialect.fixed.get("scope") == "ffn" or any(plain.values()):
+            ours["num_experts_pattern"] = pattern_for(plain, 0)
+    if ours.get("layerwise"):
+        ours["module_order"] = options.get("module_order") or traversal_order(modules)
+    if problems:
+        raise ConfigError(f"invalid {dialect.name} config", problems)
+    return MoeLoraConfig(**ours)
+
+
+def raw_of(
+    dialect: Dialect, config: MoeLoraConfig, tensors: Mapping[tuple[str, str], np.ndarray], modules: list[str]
+) -> dict[str, Any]:
+    """Their config for ours: `config_of` read from the other side.
+
+    Raises:
+        ConfigError: the layout cannot express a value.
+    """
+    raw: dict[str, Any] = {}
+    for name, allowed in dialect.const.items():
+        _put(raw, name, allowed[0])
+    raw |= {n: tensors["", role].shape[axis] for n, (role, axis) in dialect.measured.items() if ("", role) in tensors}
+    problems: list[str] = []
+    for theirs, ours in dialect.cases:
+        if all(_is(getattr(config, name), value) for name, value in ours.items()):
+            raw.update({name: None if value is SET else value for name, value in theirs.items()})
+            break
+    for field in dialect.fields:
+        try:
+            _put(raw, field.theirs, field.codec.theirs(field.ours, config, modules))
+        except ConfigError as error:
+            problems.extend(error.problems)
+        except (TypeError, ValueError):
+            problems.append(f"{field.ours}: found {getattr(config, field.ours)!r}, which {field.theirs} cannot express")
+    if problems:
+        raise ConfigError(f"layout {dialect.name!r} cannot express the config", problems)
+    return raw
+
+
+def options_of(dialect: Dialect, config: MoeLoraConfig, modules: list[str]) -> dict[str, Any]:
+    """The options with which reading the written directory gives this config again."""
+    found = {o.name: o.codec.theirs(o.name, config, modules) for o in dialect.options if o.name in _DEFAULTS}
+    layerwise = config.layerwise and any(f.ours == "layerwise" for f in dialect.fields)
+    return found | ({"module_order": config.module_order} if layerwise else {})
+
+
+def differences(config: MoeLoraConfig, other: MoeLoraConfig, modules: list[str]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs compute different functions on `modules`: {field: (value, other value)}."""
+    found = {}
+    for name in _DEFAULTS.keys() - _UNWRITTEN - _PATTERNS - _TARGETS:
+        if getattr(config, name) != getattr(other, name):
+            found[name] = (getattr(config, name), getattr(other, name))
+    for name in ("num_experts", "ranks", "alphas", "top_k"):
+        mine, theirs = ({m: getattr(c.for_module(m), name) for m in modules} for c in (config, other))
+        if mine != theirs:
+            module = next(m for m in modules if mine[m] != theirs[m])
+            ours = {"ranks": "r", "alphas": "lora_alpha"}.get(name, name)
+            found[ours] = (mine[module], theirs[module])
+    return dict(sorted(found.items()))
+
+
+def _count_experts(tensors: Mapping[tuple[str, str], np.ndarray], modules: list[str], ours: Values) -> None:
+    """E of a module is its router's rows; with a router for the model, that router's."""
+    model = [t.shape[0] for (module, role), t in tensors.items() if module == "" and role == "router_0"]
+    if model:
+        ours["num_experts"] = model[0]
+        return
+    counts = {m: tensors.get((m, "router"), tensors[m, "lora_B"]).shape[0] for m in modules}
+    ours["num_experts"] = max(counts.values(), default=1)
+    ours["num_experts_pattern"] = pattern_for(counts, ours["num_experts"])
+
+
+def _unknown_fields(dialect: Dialect, raw: Mapping[str, Any]) -> list[str]:
+    known = {f.theirs.split(".")[0] for f in dialect.fields} | dialect.ignore | dialect.measured.keys()
+    known |= {name.split(".")[0] for name in dialect.const}
+    known |= {name for theirs, _ in dialect.cases for name in theirs} | set(BOOKKEEPING)
+    if dialect.folders is not None:
+        known |= {dialect.folders.listed_in.split(".")[0], "experts"}
+    if dialect.stride is not None:
+        known.add(dialect.stride[0])
+    problems = [
+        f"{name}: found {value!r}, layout {dialect.name!r} has no meaning for it here"
+        for name, value in raw.items()
+        if name not in known and value not in EMPTY
+    ]
+    for number, expert in enumerate(raw["experts"] if dialect.folders is not None else []):
+        of_expert = {f.theirs.split(".")[1] for f in dialect.fields if f.theirs.startswith("experts.")}
+        of_expert |= INERT | set(BOOKKEEPING)
+        problems += [
+            f"{name} of expert {number}: found {value!r}, layout {dialect.name!r} has no meaning for it here"
+            for name, value in expert.items()
+            if name not in of_expert and value not in EMPTY and EXPERT_CONST.get(name) != value
+        ]
+    return [*problems, *dialect.const_problems(raw)]
+
+
+def _option_problems(dialect: Dialect, options: Mapping[str, Any]) -> list[str]:
+    known = {o.name: o for o in dialect.options}
+    extra = {"module_order"} if any(f.ours == "layerwise" for f in dialect.fields) else set()
+    problems = [
+        f"option {name}: layout {dialect.name!r} takes {', '.join(sorted(known)) or 'no options'}"
+        for name in options
+        if name not in known and name not in extra
+    ]
+    return problems + [
+        f"option {o.name}: missing, and the layout does not record it: {o.what}"
+        for o in known.values()
+        if o.default is REQUIRED and o.name not in options
+    ]
+
+
+def _apply(read: Any, name: str, value: Any, ours: Values, modules: list[str], problems: list[str]) -> None:
+    try:
+        read(name, value, ours, modules)
+    except ConfigError as error:
+        problems.extend(error.problems)
+    except (TypeError, KeyError, ValueError, IndexError, ArithmeticError):
+        problems.append(f"{name}: found {value!r}, which this layout cannot mean")
+
+
+def _apply_case(dialect: Dialect, raw: Mapping[str, Any], ours: Values) -> list[str]:
+    for theirs, values in dialect.cases:
+        if all(_is(raw.get(name), value) for name, value in theirs.items()):
+            ours.update({name: value for name, value in values.items() if value is not SET})
+            return []
+    names = sorted({name for theirs, _ in dialect.cases for name in theirs})
+    return [f"{', '.join(f'{n} = {raw.get(n)!r}' for n in names)}: this combination is not supported"]
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    return value is not None if wanted is SET else value == wanted
+
+
+def _put(raw: dict[str, Any], path: str, value: Any) -> None:
+    head, _, rest = path.partition(".")
+    if head == "experts" and rest:
+        experts = raw.setdefault("experts", [{} for _ in value])
+        for expert, of_expert in zip(experts, value, strict=True):
+            _put(expert, rest, of_expert)
+    elif rest:
+        _put(raw.setdefault(head, {}), rest, value)
+    else:
+        raw[head] = value

@@ -1,0 +1,164 @@
+"""What a checkpoint layout is: a table. Tensors by `Rule`s, config fields by `Field`s, and what it cannot vary."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_lora_interop.rules.codecs import SAME, Codec
+from moe_lora_interop.rules.tensors import Rule, claim
+
+SET = object()
+"""In a `cases` table: any value but null."""
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Field:
+    """One config value in both vocabularies.
+
+    Args:
+        ours: field of `MoeLoraConfig`.
+        theirs: their field; "a.b" is field b of object a.
+        codec: how the two values correspond.
+        default: their value where the field is absent; `REQUIRED` if it must be there.
+    """
+
+    ours: str
+    theirs: str
+    codec: Codec = SAME
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True)
+class Option:
+    """A config value that the layout does not record and the reader must be given.
+
+    Args:
+        name: keyword of `moe_lora_interop.read`, and the field of `MoeLoraConfig` that it sets.
+        what: one line for the error that asks for it.
+        codec: how the value given corresponds to ours.
+        default: value where it is not given; `REQUIRED` if it must be.
+    """
+
+    name: str
+    what: str
+    codec: Codec = SAME
+    default: Any = REQUIRED
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Experts in folders of their own, each with an ordinary LoRA config.
+
+    Args:
+        listed_in: field of the main config that names the folders: a list, or an object {number: path}.
+        main: folder of the main config; "" is the directory itself.
+        name: template of a folder's name when writing.
+        outside: whether they may lie outside of the directory.
+        sidecar: .npz file of further tensors, read if it exists or if an option of its name (without suffix) gives one.
+    """
+
+    listed_in: str
+    main: str = ""
+    name: str = "expert_{expert}"
+    outside: bool = False
+    sidecar: str = ""
+
+
+def lookup(raw: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value at "a.b" of their config; "experts.b" is the list of b over the experts' own configs."""
+    head, _, rest = path.partition(".")
+    if head == "experts" and rest:
+        found = [lookup(expert, rest, default) for expert in raw.get("experts", [])]
+        return REQUIRED if not found or any(v is REQUIRED for v in found) else found
+    if head not in raw:
+        return default
+    if rest:
+        return lookup(raw[head], rest, default) if isinstance(raw[head], Mapping) else default
+    return raw[head]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A checkpoint layout.
+
+    Args:
+        name: what it is called on the command line.
+        source: where the layout comes from: repo@commit, or the package and its version.
+        rules: what every tensor is.
+        needs: roles without which a directory is not in this layout (for detection).
+        fields: config fields in both vocabularies; empty for the native layout, whose config is ours.
+        fixed: our values that the layout implies.
+        const: their fields that may have only the values listed (the first is written); SET allows any.
+        cases: rows of (their values, ours) that hold together; exactly one row must fit.
+        ignore: their fields that do not change what is computed.
+        options: what the layout does not record.
+        plain: whether a module without a router is plain LoRA (otherwise it is incomplete).
+        experts_from_tensors: whether num_experts is counted in the tensors.
+        weights: file name written; .safetensors and .bin are both read.
+        measured: {their field: (role, axis)}: sizes that their config repeats from the tensors.
+        folders: where the experts are, if not in the same file.
+        stride: (their field, stride if it is zero or absent, stride otherwise) for `{j*stride}` in a key.
+        config_file: whether there is an adapter_config.json.
+        notes: what the layout cannot express, in a sentence.
+        hint: what is probably wrong where tensors are missing.
+    """
+
+    name: str
+    source: str
+    rules: tuple[Rule, ...]
+    needs: frozenset[str] = frozenset({"lora_A", "lora_B", "router"})
+    fields: tuple[Field, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    const: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()
+    ignore: frozenset[str] = frozenset()
+    options: tuple[Option, ...] = ()
+    plain: bool = False
+    experts_from_tensors: bool = False
+    weights: str = "adapter_model.safetensors"
+    measured: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    folders: Folders | None = None
+    stride: tuple[str, int, int] | None = None
+    config_file: bool = True
+    notes: str = ""
+    hint: str = ""
+
+    def specialised(self, raw: Mapping[str, Any]) -> "Dialect":
+        """The same table with `{j*stride}` resolved by their config."""
+        if self.stride is None:
+            return self
+        name, without, otherwise = self.stride
+        factor = otherwise if raw.get(name) else without
+        rules = tuple(dataclasses.replace(r, key=re.sub(r"\*stride}", f"*{factor}}}", r.key)) for r in self.rules)
+        return dataclasses.replace(self, rules=rules, stride=None)
+
+    def const_problems(self, raw: Mapping[str, Any]) -> list[str]:
+        """Their fields that have another value than the layout allows."""
+        found = ((name, allowed, lookup(raw, name, None)) for name, allowed in self.const.items())
+        return [
+            f"{name}: found {value!r}, expected {' or '.join(map(repr, allowed))}"
+            for name, allowed, value in found
+            if value is not None and value not in allowed and SET not in allowed
+        ]
+
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]], raw: Mapping[str, Any]) -> list[str]:
+        """Why a directory with these tensors and this config is not in this layout; empty if it is."""
+        if self.config_file and not raw:
+            return ["adapter_config.json: missing file"]
+        rules = self.specialised(raw).rules
+        claimed = {name: claim(rules, name, len(shape)) for name, shape in shapes.items()}
+        unclaimed = [name for name, rule in claimed.items() if rule is None]
+        reasons = []
+        if unclaimed:
+            reasons.append(f"no rule for {unclaimed[0]}" + (f" and {len(unclaimed) - 1} more" if unclaimed[1:] else ""))
+        found = {rule.role for rule in claimed.values() if rule is not None and rule.copy == ""}
+        if missing := sorted(self.needs - found):
+            reasons.append(f"no tensor is a {' or a '.join(missing)}")
+        reasons.extend(self.const_problems(raw))
+        if "peft_type" in self.const and "peft_type" not in raw:
+            reasons.append(f"peft_type is missing, expected {self.const['peft_type'][0]!r}")
+        return reasons

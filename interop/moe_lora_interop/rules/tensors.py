@@ -1,0 +1,368 @@
+"""Rules with no direction: the only place where a tensor's name or an axis moves.
+
+A `Rule` says what a stored tensor *is*: a name template and axes on the stored side, a module template and axes on the
+canonical side. An axis lives either in the name (`{expert}`) or in the tensor (`expert`), on either side, so that
+stacking, unstacking, splitting, concatenating and transposing are all one statement, read both ways by `move`.
+
+    Rule("lora_A", "base_model.model.{module}.moe_lora_A", "expert rank in")            # one stacked tensor
+    Rule("lora_A", "base_model.model.{module}.lora_A{expert}.weight", "rank in")         # one tensor per expert
+    Rule("lora_A", "{module}.lora_A.weight", "(expert rank) in")                         # concatenated along the rank
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from moe_lora_interop.disk import lazy, limits
+
+# Canonical axes of every role. `rank` is the rank of ONE expert; experts of smaller rank are zero-padded.
+ROLES = {
+    "lora_A": "expert rank in",
+    "lora_B": "expert out rank",
+    "router": "logit in",
+    "router_bias": "logit",
+    "threshold": "in",
+    "threshold_bias": "",
+    "task_embedding": "task dim",
+    "router_{j}": "unit in",
+    "router_bias_{j}": "unit",
+}
+# `logit` counts a router's outputs: the experts, times splits or layers where there are any; `one` has size 1.
+AXES = frozenset({"expert", "rank", "in", "out", "layer", "one", "logit", "unit", "split", "task", "dim", "head"})
+NUMBERS = AXES | {"j"}  # j numbers the layers of a router; it is no axis
+
+
+def axes_of(role: str) -> str:
+    """Canonical axes of a role; "router_0" has those of "router_{j}"."""
+    return ROLES[re.sub(r"_\d+$", "_{j}", role)]
+
+
+# here and below an array may be an `moe_lora_interop.disk.lazy.Lazy`, which has what the rules use of an array
+Canonical = dict[tuple[str, str], np.ndarray]
+Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
+"""Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a rule: a name template and the tensor's axes, e.g. `{module}.lora_b` and `expert rank out`."""
+
+    name: str
+    axes: str
+
+    @cached_property
+    def strides(self) -> dict[str, int]:
+        """The placeholders in order, each with its stride: {j*3} stands for 0, 3, 6, ..."""
+        return {name: int(stride or 1) for name, stride in re.findall(r"{(\w+)(?:\*(\d+))?}", self.name)}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the placeholders."""
+        return tuple(self.strides)
+
+    @cached_property
+    def shape(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of each stored dimension; "(expert rank) in" gives (("expert", "rank"), ("in",))."""
+        return tuple(tuple(part.strip("()").split()) for part in re.findall(r"\([^)]*\)|\S+", self.axes))
+
+    @cached_property
+    def atoms(self) -> tuple[str, ...]:
+        """The axes one by one, joined ones apart."""
+        return tuple(itertools.chain.from_iterable(self.shape))
+
+    @cached_property
+    def _ending(self) -> str:
+        return self.name.rpartition("}")[2]
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        pattern = re.escape(re.sub(r"\*\d+}", "}", self.name))
+        for field in self.fields:
+            value = r"0|[1-9][0-9]{0,8}" if field in NUMBERS else r".+"
+            pattern = pattern.replace(rf"\{{{field}\}}", f"(?P<{field}>{value})", 1)
+        return re.compile(pattern, re.DOTALL)
+
+    def bind(self, name: str) -> dict[str, str] | None:
+        """The placeholders' values in `name`, or None where it does not match."""
+        found = self.regex.fullmatch(name) if name.endswith(self._ending) else None  # the check alone is quick
+        if found is None:
+            return None
+        bound = found.groupdict()
+        for field, stride in self.strides.items():
+            if stride > 1:
+                number, rest = divmod(int(bound[field]), stride)
+                if rest:
+                    return None
+                bound[field] = str(number)
+        return bound
+
+    def format(self, bound: Mapping[str, str | int]) -> str:
+        """The name with these values: the inverse of `bind`."""
+        plain = re.sub(r"\*\d+}", "}", self.name)
+        return plain.format(
+            **{k: int(v) * self.strides[k] if self.strides.get(k, 1) > 1 else v for k, v in bound.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one family of stored tensors is.
+
+    Args:
+        role: a key of `ROLES`.
+        key: stored name template; a folder is part of the name.
+        axes: stored axes; parentheses join several into one dimension.
+        module: template of the canonical module path; "" is the model itself.
+        canonical_axes: the same tensor's canonical axes, where joined axes must be told apart.
+        copy: "" for a tensor of its own; "same" for a duplicate of another rule's, compared bit by bit when read and
+            written only on request; "dead" for one that no forward pass uses, ignored and never written.
+    """
+
+    role: str
+    key: str
+    axes: str
+    module: str = "{module}"
+    canonical_axes: str = ""
+    copy: Literal["", "same", "dead"] = ""
+
+    @cached_property
+    def stored(self) -> Side:
+        return Side(self.key, self.axes)
+
+    @cached_property
+    def canonical(self) -> Side:
+        return Side(f"{self.module}|{self.role}", self.canonical_axes or axes_of(self.role))
+
+    @property
+    def lacks_experts(self) -> bool:
+        """Whether the stored side has no expert axis although the role has one: plain LoRA, or one shared A."""
+        return "expert" in self.canonical.atoms and "expert" not in (*self.stored.atoms, *self.stored.fields)
+
+
+def claim(rules: Iterable[Rule], key: str, ndim: int) -> Rule | None:
+    """The most specific rule for a stored key: shortest wildcards, then fewest axes."""
+    matches = [
+        (sum(len(v) for k, v in found.items() if k not in NUMBERS), len(rule.stored.shape), i, rule)
+        for i, rule in enumerate(rules)
+        if len(rule.stored.shape) == ndim and (found := rule.stored.bind(key)) is not None
+    ]
+    return min(matches)[3] if matches else None
+
+
+def decode(rules: Sequence[Rule], stored: Mapping[str, np.ndarray], sizes: Sizes) -> tuple[Canonical, list[str]]:
+    """Stored tensors -> ({(module, role): canonical tensor}, problems). Values are moved, never changed."""
+    by_rule: dict[Rule, dict[str, np.ndarray]] = {}
+    problems = []
+    for key, tensor in stored.items():
+        rule = claim(rules, key, tensor.ndim)
+        if rule is None:
+            problems.append(f"{key} {list(tensor.shape)}: unexpected tensor, no rule of this layout describes it")
+        elif rule.copy != "dead":
+            by_rule.setdefault(rule, {})[key] = tensor
+    canonical: Canonical = {}
+    for rule, tensors in sorted(by_rule.items(), key=lambda item: item[0].copy):  # "" before "same"
+        for name, tensor in move(tensors, rule.stored, rule.canonical, sizes, problems):
+            module, role = name.rsplit("|", 1)
+            first = canonical.setdefault((module, role), tensor)
+            if rule.copy == "" and first is not tensor:
+                problems.append(f"{module} {role}: stored twice, under different names")
+            elif rule.copy == "same" and (first.shape != tensor.shape or first.tobytes() != tensor.tobytes()):
+                problems.append(f"{rule.key} of {module}: differs from the tensor that it duplicates")
+    return canonical, problems
+
+
+def encode(
+    rules: Sequence[Rule], canonical: Mapping[tuple[str, str], np.ndarray], sizes: Sizes, *, duplicates: bool = False
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Canonical tensors -> (stored tensors, problems): `decode` read from the other side."""
+    by_rule: dict[Rule, dict[str, np.ndarray]] = {}
+    problems = []
+    for (module, role), tensor in canonical.items():
+        name = f"{module}|{role}"
+        fitting = [r for r in rules if r.copy != "dead" and r.canonical.bind(name) is not None]
+        if len({r.lacks_experts for r in fitting}) > 1:
+            plain = sizes(module).get("expert") == 1
+            fitting = [r for r in fitting if r.lacks_experts == plain]
+        chosen = [r for r in fitting if r.copy == "same" and duplicates] + [r for r in fitting if r.copy == ""][:1]
+        if not fitting:
+            problems.append(f"{name.replace('|', ' ').strip()}: this layout has no place for it")
+        for rule in chosen:
+            by_rule.setdefault(rule, {})[name] = tensor
+    stored: dict[str, np.ndarray] = {}
+    for rule, tensors in by_rule.items():
+        stored.update(move(tensors, rule.canonical, rule.stored, sizes, problems))
+    return stored, problems
+
+
+def move(
+    tensors: Mapping[str, np.ndarray], source: Side, target: Side, sizes: Sizes, problems: list[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Moves tensors from one side of a rule to the other; problems are appended, the tensors concerned left out."""
+    groups: dict[tuple[tuple[str, str], ...], dict[tuple[int, ...], str]] = {}
+    stacked = tuple(f for f in source.fields if f in AXES and f not in target.fields)
+    for name in tensors:
+        bound = source.bind(name)
+        assert bound is not None
+        shared = tuple((k, v) for k, v in bound.items() if k not in stacked)
+        groups.setdefault(shared, {})[tuple(int(bound[a]) for a in stacked)] = name
+    for shared, names in groups.items():
+        try:
+            yield from _move_group(tensors, dict(shared), names, stacked, source, target, sizes)
+        except _Misfit as misfit:
+            problems.extend(misfit.problems)
+
+
+class _Misfit(Exception):
+    def __init__(self, *problems: str):
+        self.problems = problems
+
+
+def _move_group(
+    tensors: Mapping[str, np.ndarray],
+    shared: dict[str, str],
+    names: dict[tuple[int, ...], str],
+    stacked: tuple[str, ...],
+    source: Side,
+    target: Side,
+    sizes: Sizes,
+) -> Iterator[tuple[str, np.ndarray]]:
+    canonical = target if "|" in target.name else source
+    # where the canonical name has a number that the other side has as an axis, any one stands for all
+    known = sizes(canonical.format({**dict.fromkeys(canonical.fields, 0), **shared}).rsplit("|", 1)[0])
+    array = _stack(tensors, shared, names, stacked, source, known)
+    atoms = [*stacked, *source.atoms]
+    counts, dims = array.shape[: len(stacked)], array.shape[len(stacked) :]
+    array = array.reshape((*counts, *_split(dims, source, known, names)))
+
+    unstacked = tuple(f for f in target.fields if f in AXES and f not in source.fields)
+    wanted = [*unstacked, *target.atoms]
+    for axis in [a for a in atoms if a not in wanted]:  # an axis absent on the other side has size 1
+        where = atoms.index(axis)
+        if array.shape[where] != 1:
+            raise _Misfit(f"{_first(names)}: axis {axis!r} has size {array.shape[where]}, this layout can hold only 1")
+        array = array.reshape(array.shape[:where] + array.shape[where + 1 :])
+        atoms.remove(axis)
+    for axis in [a for a in wanted if a not in atoms]:
+        array = array[None]
+        atoms.insert(0, axis)
+    array = array.transpose([atoms.index(a) for a in wanted])
+
+    joined = {axis for axes in target.shape if len(axes) > 1 for axis in axes}
+    for axis, size in zip(wanted, array.shape, strict=True):
+        expected = _size(known, axis)
+        if (axis in unstacked or axis in joined) and expected is not None and size != expected:
+            raise _Misfit(f"{_first(names)}: has {size} {axis}{'s' * (size != 1)}, this layout holds {expected}")
+    for index in np.ndindex(array.shape[: len(unstacked)]):
+        places = dict(zip(unstacked, index, strict=True))
+        part = _cut_rank(array[index] if index else array, _first(names), target, places, known)
+        shape = _joined(part.shape, target)
+        yield target.format({**shared, **places}), part.reshape(shape)
+
+
+def _stack(
+    tensors: Mapping[str, np.ndarray],
+    shared: dict[str, str],
+    names: dict[tuple[int, ...], str],
+    stacked: tuple[str, ...],
+    source: Side,
+    known: Mapping[str, int | tuple[int, ...]],
+) -> np.ndarray:
+    """Puts the tensors that differ by a number in their name side by side, zero-padding unequal ranks."""
+    if not stacked:
+        return tensors[names[()]]
+    counts = [_size(known, axis) or 1 + max(i[n] for i in names) for n, axis in enumerate(stacked)]
+    if math.prod(counts) > 2 * len(names) + 1000:  # a hostile number, or nearly everything is missing
+        raise _Misfit(f"{_first(names)}: found {len(names)} tensors of its kind, {stacked} counts to {counts}")
+    grid = list(itertools.product(*map(range, counts)))
+    label = lambda index: source.format({**shared, **dict(zip(stacked, index, strict=True))})  # noqa: E731
+    problems = [f"{label(i)}: missing tensor" for i in grid if i not in names]
+    beyond = sorted(names.keys() - set(grid))
+    problems += [f"{names[i]}: unexpected tensor, {stacked} counts to {counts}" for i in beyond]
+    if problems:
+        raise _Misfit(*problems)
+    parts = [tensors[names[i]] for i in grid]
+    problems = list(_rank_problems(parts, [names[i] for i in grid], grid, stacked, source, known))
+    if problems:
+        raise _Misfit(*problems)
+    if len({p.dtype for p in parts}) > 1:
+        found = ", ".join(sorted({str(p.dtype) for p in parts}))
+        raise _Misfit(f"{_first(names)}: the experts' dtypes differ ({found}), expected one dtype")
+    shape = tuple(max(sizes) for sizes in zip(*(p.shape for p in parts), strict=True))
+    for n, part in enumerate(parts):
+        ragged = [d for d, axes in enumerate(source.shape) if part.shape[d] != shape[d] and axes != ("rank",)]
+        if ragged:
+            raise _Misfit(f"{names[grid[n]]}: shape {list(part.shape)}, expected {list(shape)} like its siblings")
+    padded, stored = math.prod(shape) * len(parts) * parts[0].itemsize, sum(p.nbytes for p in parts)
+    if limits.is_inflated(padded, stored):
+        raise _Misfit(f"{_first(names)}: {stored} bytes of unequal ranks, which padded to one rank are {padded}")
+    return lazy.stack(parts, tuple(counts), shape)
+
+
+def _rank_problems(
+    parts: list[np.ndarray],
+    names: list[str],
+    grid: list[tuple[int, ...]],
+    stacked: tuple[str, ...],
+    source: Side,
+    known: Mapping[str, int | tuple[int, ...]],
+) -> Iterator[str]:
+    """Experts stored on their own whose rank is not the config's."""
+    ranks = known.get("rank")
+    if not isinstance(ranks, tuple) or "expert" not in stacked or ("rank",) not in source.shape:
+        return
+    where = source.shape.index(("rank",))
+    for part, name, index in zip(parts, names, grid, strict=True):
+        expected = ranks[index[stacked.index("expert")]]
+        if part.shape[where] != expected:
+            yield f"{name}: shape {list(part.shape)}, found rank = {part.shape[where]}, expected {expected}"
+
+
+def _split(
+    shape: tuple[int, ...], side: Side, known: Mapping[str, int | tuple[int, ...]], names: dict[tuple[int, ...], str]
+) -> Iterator[int]:
+    """Sizes of the axes one by one; one axis of a joined dimension may be unknown and is then computed."""
+    for size, axes in zip(shape, side.shape, strict=True):
+        parts = [_size(known, a) if len(axes) > 1 else size for a in axes]
+        unknown = parts.count(None)
+        rest = math.prod(p for p in parts if p is not None)
+        if unknown > 1 or (unknown == 0 and rest != size) or rest == 0 or size % rest:
+            raise _Misfit(f"{_first(names)}: dimension ({' '.join(axes)}) has size {size}, expected {parts} multiplied")
+        yield from (size // rest if p is None else p for p in parts)
+
+
+def _size(known: Mapping[str, int | tuple[int, ...]], axis: str) -> int | None:
+    value = known.get(axis)
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _joined(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
+    sizes = iter(shape)
+    return tuple(math.prod(next(sizes) for _ in axes) for axes in side.shape)
+
+
+def _cut_rank(
+    array: np.ndarray,
+    name: str,
+    side: Side,
+    places: Mapping[str, int],
+    known: Mapping[str, int | tuple[int, ...]],
+) -> np.ndarray:
+    """Removes the zero padding of an expert that is stored on its own."""
+    ranks = known.get("rank")
+    if "expert" not in places or "rank" not in side.atoms or not isinstance(ranks, tuple):
+        return array
+    rank, where = ranks[places["expert"]], side.atoms.index("rank")
+    found, before = array.shape[where], (slice(None),) * where
+    if rank > found or (rank < found and np.count_nonzero(array[(*before, slice(rank, None))])):
+        raise _Misfit(f"{name}: expert {places['expert']} has rank {rank} in the config, but values of rank {found}")
+    return array if rank == found else array[(*before, slice(rank))]
+
+
+def _first(names: dict[tuple[int, ...], str]) -> str:
+    return names[min(names)]

@@ -1,0 +1,1 @@
+"""The verbs of `moe-lora` that need jax."""

@@ -1,0 +1,1 @@
+"""What routers do on data, and what an export costs."""

@@ -1,0 +1,95 @@
+"""What the routers of a model do on some data, summed over its tokens."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from moe_lora_interop.progress import OnProgress, no_progress, tracked
+from moe_lora_jax.train.batches import eval_batches
+from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.health import RouterSums, module_health, router_sums
+from moe_lora_jax.train.step import Batch
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """Gates of every router, on the tokens with loss.
+
+    topics: the rows of `by_topic`.
+    shares: {module: [expert]}, the part of the gate weight that each expert gets; sums to 1.
+    entropy: {module: mean over tokens of -sum_e g log g, divided by log E}; 0: one expert per token, 1: all alike.
+    by_topic: {module: [topic, expert]}, the shares on the tokens of each topic; rows sum to 1.
+    tokens: how many.
+    """
+
+    topics: tuple[str, ...]
+    shares: Mapping[str, np.ndarray]
+    entropy: Mapping[str, float]
+    by_topic: Mapping[str, np.ndarray]
+    tokens: int
+
+
+def router_statistics(
+    model: nnx.Module,
+    data: TokenData | Mapping[str, TokenData],
+    *,
+    batch_size: int = 8,
+    pad_id: int = 0,
+    on_progress: OnProgress = no_progress,
+) -> RouterStatistics:
+    """Runs `model` over the data and sums up what its routers decide.
+
+    Args:
+        model: with an adapter, called as `CausalLM` is.
+        data: from `read_data`, or several by topic, as from `split_by`.
+        batch_size: rows of one forward pass.
+        pad_id: the token that padding is made of; it is masked.
+        on_progress: called with (done, total) in batches.
+    """
+    topics = data if isinstance(data, Mapping) else {"all": data}
+    graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
+    batches = [
+        (topic, host.batch)
+        for topic, of_topic in topics.items()
+        for host in eval_batches(of_topic.examples, batch_size=batch_size, pad_id=pad_id)
+    ]
+    parts: dict[str, list[dict[str, RouterSums]]] = {topic: [] for topic in topics}
+    for topic, batch in tracked(batches, on_progress):
+        parts[topic].append(_sums(state, batch, graphdef=graphdef))
+    sums = {topic: _total(of_topic) for topic, of_topic in parts.items()}
+    overall = module_health(_total(sums.values()))
+    health = [module_health(of_topic) for of_topic in sums.values()]
+    return RouterStatistics(
+        topics=tuple(topics),
+        shares={module: state.shares for module, state in overall.items()},
+        entropy={module: state.entropy for module, state in overall.items()},
+        by_topic={module: np.stack([h[module].shares for h in health]) for module in overall},
+        tokens=sum(int(e.counted.sum()) for of_topic in topics.values() for e in of_topic.examples),
+    )
+
+
+def topic_information(shares: np.ndarray) -> float:
+    """Mutual information of topic and expert in bits, topics equally likely: 0 if all topics use the experts alike.
+
+    Args:
+        shares: [topic, expert], rows sum to 1.
+    """
+    mean = shares.mean(axis=0)
+    ratio = np.where(shares > 0, shares / np.where(mean > 0, mean, 1.0), 1.0)
+    return float(np.sum(shares * np.log2(ratio)) / len(shares))
+
+
+def _total(parts: Iterable[dict[str, RouterSums]]) -> dict[str, RouterSums]:
+    return jax.tree.map(lambda *values: sum(values), *parts)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _sums(state: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef) -> dict[str, RouterSums]:
+    model: Any = nnx.merge(graphdef, state, copy=True)
+    _, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
+    return router_sums(router, batch.loss_mask)

@@ -1,0 +1,83 @@
+"""A small random adapter for every layout, as the program that owns the layout would make one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_interop.checkpoint.implied_tensors import expected_tensors
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.rules.tensors import axes_of
+
+_ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
+_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SIZES = {"in": 8, "out": 12, "dim": 4, "unit": 6}
+"""Sizes of the axes that no config determines; divisible by two splits."""
+
+_SIZES: dict[str, Any] = {"r": 2, "num_experts": 4, "lora_alpha": 4}
+_PLAIN_ATTENTION = {"num_experts_pattern": {r"self_attn\..*": 1}}
+_XLORA = {"router_depth": 2, "router_hidden_size": 6, "layerwise": True, "top_k": 2, "norm_topk_prob": False}
+# {layout: (preset or "", fields, modules of a layer)}
+SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "native": (
+        "",
+        {"r": [1, 3, 2, 2], "scoring_func": "sigmoid", "router_bias": True, "expert_dropout": 0.1},
+        _ATTENTION,
+    ),
+    "loramoe": ("loramoe", {"router_aux_loss_coef": 0.1, "router_aux_loss_delta": 0.2}, _FFN),
+    "hydralora": ("hydralora", {}, _ATTENTION),
+    "moe-peft-loramoe": ("", _PLAIN_ATTENTION, (*_ATTENTION, *_FFN)),
+    "moe-peft-mola": ("mola", {}, (*_ATTENTION, *_FFN)),
+    "mixlora": ("mixlora", {"router_aux_loss": "switch", "router_aux_loss_coef": 0.0}, (*_ATTENTION, *_FFN)),
+    "mixlora-legacy": ("mixlora", {"router_aux_loss": "switch", "router_aux_loss_coef": 0.0}, (*_ATTENTION, *_FFN)),
+    "mola": (
+        "mola",
+        {
+            "num_experts_pattern": {r"layers\.0\..*": 2},
+            "top_k_pattern": {r"layers\.0\..*": 1},
+            "rank_pattern": {r"layers\.1\..*": 3},
+            "r": 3,
+        },
+        _ATTENTION,
+    ),
+    "mole": ("mole", {}, _ATTENTION),
+    "adamole": ("adamole", {}, _ATTENTION),
+    "goat": ("mole", {}, _ATTENTION),
+    "for-ai-molora": ("molora", {"lora_alpha": 16}, _ATTENTION),
+    "arrow": ("arrow", {"r": [1, 2, 3, 2], "lora_alpha": [1, 2, 3, 4]}, _ATTENTION),
+    "poly": ("poly", {"lora_alpha": 1, "num_tasks": 3, "n_splits": 2}, _ATTENTION),
+    "moelora": ("moelora", {"task_embedding_dim": 4, "num_tasks": 3}, _ATTENTION),
+    "xlora": ("xlora", {**_XLORA, "r": [1, 2, 3, 2], "routed_scaling_factor": 2.0}, _ATTENTION),
+    "peft-router": ("xlora", {}, _ATTENTION),
+    "lora": ("", {"num_experts": 1, "rank_pattern": {"v_proj": 3}}, _ATTENTION),
+}
+
+
+def sample(layout: str, *, seed: int = 0, layers: int = 2) -> Adapter:
+    """A random adapter that `layout` can hold; float32."""
+    preset, fields, kinds = SAMPLES[layout]
+    modules = [f"model.layers.{n}.{kind}" for n in range(layers) for kind in kinds]
+    values = {"target_modules": modules, **_SIZES, **fields}
+    config = MoeLoraConfig.preset(preset, **values) if preset else MoeLoraConfig(**values)
+    return random_adapter(config, modules, seed=seed)
+
+
+def random_adapter(config: MoeLoraConfig, modules: list[str], *, seed: int = 0) -> Adapter:
+    """Random tensors for a config: N(0, 1), zero beyond each expert's own rank."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[tuple[str, str], np.ndarray] = {}
+    for (module, role), known in expected_tensors(config, modules).items():
+        shape = [_size(axis, known) for axis in axes_of(role).split()]
+        tensors[module, role] = rng.standard_normal(shape).astype(np.float32)
+    for module in modules:
+        ranks = config.for_module(module).ranks
+        for expert, rank in enumerate(ranks):
+            if not config.shared_lora_A:
+                tensors[module, "lora_A"][expert, rank:] = 0
+            tensors[module, "lora_B"][expert, :, rank:] = 0
+    return Adapter(config, tensors)
+
+
+def _size(axis: str, known: Mapping[str, int]) -> int:
+    return known.get(axis, SIZES.get(axis, 0))
