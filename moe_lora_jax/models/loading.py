@@ -64,10 +64,10 @@ def load_base_model(
     check_remat(remat)
     wanted = None if dtype is None else jnp.dtype(dtype).name
     if wanted is not None and wanted not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+        raise ValueError(f"dtype: found {dtype!r}, expected None or one of {', '.join(DTYPES)}")
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"cannot load {directory}", ["not a directory (models are read from local ones only)"])
+        raise CheckpointError(f"cannot load {directory}", ["found no directory, expected a local one"])
     stated = read_json(directory / "config.json")
     if (directory / "generation_config.json").is_file():
         generation = read_json(directory / "generation_config.json")
@@ -135,7 +135,10 @@ def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
         return _STORED_DTYPES.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
     declared = stated.get("dtype") or stated.get("torch_dtype")
     if declared is None:
-        raise CheckpointError(f"cannot load {files.directory}", [f"tensors are {', '.join(kinds)}: pass dtype="])
+        raise CheckpointError(
+            f"cannot load {files.directory}",
+            [f"tensors: found {', '.join(kinds)}, expected one dtype: choose one with dtype="],
+        )
     return declared
 
 
@@ -144,14 +147,16 @@ def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: Dec
     problems = [f"{key}: missing, expected shape {shape}" for key, shape in expected.items() if key not in files.infos]
     for key, (dtype, shape) in files.infos.items():
         if key in expected and shape != expected[key]:
-            problems.append(f"{key}: shape {shape}, expected {expected[key]}")
+            problems.append(f"{key}: found shape {shape}, expected {expected[key]}")
         if key in expected and dtype not in _STORED_DTYPES:
-            problems.append(f"{key}: stored as {dtype}, supported are {', '.join(_STORED_DTYPES)}")
+            problems.append(f"{key}: found {dtype}, expected one of {', '.join(_STORED_DTYPES)}")
         if key in expected or _INERT.fullmatch(key):
             continue
         if key != _HEAD or _EMBEDDING not in files.infos:
-            problems.append(f"{key}: unexpected, shape {shape}")
+            problems.append(f"{key}: unexpected tensor of shape {shape}")
         elif not np.array_equal(files.read(_HEAD), files.read(_EMBEDDING)):
-            problems.append(f"{_HEAD}: differs from {_EMBEDDING}, but config.json says tie_word_embeddings")
+            problems.append(
+                f"{_HEAD}: found other values, expected those of {_EMBEDDING}: config.json says tie_word_embeddings"
+            )
     if problems:
         raise CheckpointError(f"the weights in {files.directory} are not those of this {config.architecture}", problems)

@@ -20,7 +20,7 @@ POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_sav
 def check_remat(remat: bool | str) -> None:
     """Raises ValueError unless `remat` is a bool or the name of a policy of `jax.checkpoint_policies`."""
     if not isinstance(remat, bool) and remat not in POLICIES:
-        raise ValueError(f"remat must be True, False or one of {POLICIES}, got {remat!r}")
+        raise ValueError(f"remat: found {remat!r}, expected True, False or one of {', '.join(POLICIES)}")
 
 
 def run_layers(
@@ -103,7 +103,7 @@ def _check_alike(parts: Sequence[Any]) -> None:
     for index, (graphdef, *_) in enumerate(parts):
         if graphdef != parts[0][0] or shapes[index] != shapes[0]:
             raise ValueError(
-                f"scan_layers: layer {index} is not like layer 0, but a scan runs one program for all. Adapters that "
+                f"scan_layers: found layer {index} unlike layer 0, expected one program for all layers. Adapters that "
                 "differ by layer (targets, ranks, alphas, experts or top_k by pattern, a layerwise router) need a "
                 "model loaded with scan_layers=False"
             )
