@@ -32,8 +32,8 @@ Source = str | os.PathLike[str] | Adapter
 class AdapterBank:
     """Puts adapters on a base model, in place, and chooses one for every row of its batches.
 
-    The adapters' values, and which row has which, are variables of the model: `select` and `replace` change no shape
-    and nothing static, so a compiled program stays valid. Adapters with equal configs are stacked; each further config
+    The adapters' values and the choice of rows are variables of the model: `select` and `replace` change no shape and
+    nothing static, so a compiled program stays valid. Adapters with equal configs are stacked; each further config
     costs the work of one more adapter. All trainable variables are `MoeLoraParam`s with a leading adapter axis, and a
     row's gradient reaches its own adapter only. What routers decide is not collected: no balancing losses.
 
@@ -48,8 +48,8 @@ class AdapterBank:
         spec: names and layer classes of a model that `load_base_model` did not make.
 
     Raises:
-        CheckpointError: an adapter that is for another base, has routers beside the layers, or needs task ids; or the
-            model has an adapter already, and then is left as it was.
+        CheckpointError: an adapter is for another base, has routers beside the layers, or needs task ids; or the model
+            already has an adapter, which stays.
     """
 
     def __init__(self, model: nnx.Module, adapters: Mapping[str, Source], *, spec: ModelSpec | None = None):

@@ -124,9 +124,9 @@ def apply_to_modules(
 
 
 def remove_moe_lora(model: nnx.Module) -> nnx.Module:
-    """Takes the adapter, or a bank's, off again, in place: the base layers return unchanged. Returns the model."""
+    """Takes the adapter, or a bank's adapters, off the model, in place; the base layers return unchanged."""
     kinds = (MultiAdapterLinear, MoeLoraFeedForward, SlotLinear, MoeLoraLinear)
-    for kind in kinds:  # blocks first: their layers' paths go through them
+    for kind in kinds:  # blocks first: the paths of their layers lead through them
         for path, wrapper in [(p, m) for p, m in modules(model) if isinstance(m, kind)]:
             replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:

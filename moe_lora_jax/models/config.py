@@ -13,9 +13,9 @@ from moe_lora_jax.models.rope import RopeConfig
 from moe_lora_jax.models.rope_fields import read_ropes
 
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_LAYERS = 1024  # several times what any model has: each is built before the files are compared with it
+MAX_LAYERS = 1024  # several times what any model has; layers are built before the files are checked
 
-# Fields that change what a model computes and that only these values leave alone, in any family.
+# Fields that change what a model computes, and the values with which they change nothing, in any family.
 _ONLY_INERT: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "attention_dropout": (None, 0),

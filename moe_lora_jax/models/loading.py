@@ -40,15 +40,14 @@ def load_base_model(
     Tensors are read one at a time from memory-mapped files, so the peak is the model plus one tensor. No random
     weights are made. Ids that end a text or pad come from generation_config.json where it states them.
 
-    On a mesh, every process reads from the files what its devices hold, and nothing else; `apply_moe_lora`,
-    `load_adapter`, `train` and `generate` then work there (`moe_lora_jax.sharding`).
+    On a mesh, every process reads only what its devices hold; `apply_moe_lora`, `load_adapter`, `train` and `generate`
+    then work on that mesh (`moe_lora_jax.sharding`).
 
     Args:
         directory: what `save_pretrained` of transformers wrote, for a supported architecture.
         dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
         scan_layers: run the layers as one scan, for a train step whose program does not grow with their number.
-            Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) loop all the
-            same.
+            Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) still loop.
         remat: recompute each layer in the backward pass: True, or a name of `models.repeat.POLICIES`. Saves memory on
             the CPU only together with `scan_layers`. Neither switch changes values, names or files.
         mesh: devices to spread the weights over, with some of the axes "data", "fsdp", "tensor" and "expert".
@@ -123,8 +122,8 @@ def _read(
     if sharding is not None:
         return read_sharded(shape, sharding, part)
     stored = files.read(name)
-    # A copy, always: whether safetensors returns memory of its own or of the mapped file is its business, and the
-    # model must not follow a file that is overwritten. JAX transposes while copying, faster than numpy does.
+    # Always a copy: safetensors may return memory of the mapped file, and the model must not change when somebody
+    # overwrites the file. JAX transposes while copying, faster than numpy does.
     return jnp.array((stored.T if is_kernel else stored).astype(dtype, copy=False), copy=True)
 
 

@@ -1,8 +1,8 @@
 """How a decoder runs its layers: one after the other or as one scan, with or without rematerialisation.
 
-The model keeps a list of layers in either form, so adapters, filters, checkpoints and generation do not know. A scan
-stacks the layers' variables inside the step: its body is one layer. What the stacking costs, a copy of the layers'
-weights and instructions for each of them, is gone when the step gets them stacked already (`models.stacked`).
+The model keeps a list of layers in either form, so adapters, filters, checkpoints and generation need not know. A scan
+stacks the layers' variables inside the step: its body is one layer. That costs a copy of the layers' weights, and
+instructions for each of them, unless the step gets them already stacked (`models.stacked`).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def run_layers(
 ) -> jax.Array:
     """x after `x = call(layer, x, contexts[kind])` for every layer and its kind.
 
-    What the calls leave behind in the layers, RNG counts and what `nnx.capture` collects, is left there here too.
+    The layers keep what the calls leave in them: RNG counts, and what `nnx.capture` collects.
 
     Args:
         layers: the layers; for a scan alike in everything but the values of their variables.

@@ -44,9 +44,9 @@ def expert_notes(adapter: Adapter) -> list[str]:
     if config.routed_scaling_factor != 1:
         notes.append(f"routed_scaling_factor {config.routed_scaling_factor:g} is not applied.")
     if config.mix == "weights":
-        notes.append("The mixture averages A and B before they are multiplied; it is no sum of these directories.")
+        notes.append("The mixture averages A and B before they are multiplied; it is not a sum of these directories.")
     if config.scope == "ffn":
-        notes.append("The mixture averages outputs of whole feed-forward blocks; it is no sum of these directories.")
+        notes.append("The mixture averages outputs of whole feed-forward blocks; it is not a sum of these directories.")
     return notes
 
 

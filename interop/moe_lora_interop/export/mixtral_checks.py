@@ -11,7 +11,7 @@ from moe_lora_interop.disk.model_directory import BaseModel
 PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _MODULES = (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}" for p in PROJECTIONS))
 INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Fields of the base's config that change what it computes, with the values that Mixtral has no field for.
+# Fields of the base's config that change what it computes and that Mixtral lacks, with the values that change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
@@ -40,7 +40,7 @@ def base_problems(base: BaseModel) -> list[str]:
     if architectures[0] == "LlamaForCausalLM" and config.get("sliding_window") is not None:
         problems.append(f"base: sliding_window: found {config['sliding_window']!r}, which Llama ignores")
     layers = config.get("num_hidden_layers")
-    # the names below are made in memory, and config.json may say anything
+    # checked first: the names below are made in memory, and config.json may say any number
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= len(base.infos):
         most = f"a number from 1 to {len(base.infos)}, of tensors in the files"
         return [*problems, f"base: num_hidden_layers: found {layers!r}, expected {most}"]

@@ -175,7 +175,7 @@ def _apply(read: Any, name: str, value: Any, ours: Values, modules: list[str], p
     except ConfigError as error:
         problems.extend(error.problems)
     except (TypeError, KeyError, ValueError, IndexError, ArithmeticError):
-        problems.append(f"{name}: found {value!r}, which this layout cannot mean")
+        problems.append(f"{name}: found {value!r}, which this layout cannot have")
 
 
 def _apply_case(dialect: Dialect, raw: Mapping[str, Any], ours: Values) -> list[str]:
