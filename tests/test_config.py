@@ -450,10 +450,13 @@ def test_a_top_k_pattern_of_null_is_dense():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(num_experts_pattern={"q": 2}, top_k=3), ["a.q: top_k is 3", "at most 2"]),
-        (dict(num_experts_pattern={"q": 2}, r=[1, 2, 3, 4]), ["a.q: r has 4 entries", "or 2"]),
-        (dict(alpha_pattern={"q": [1, 2]}), ["a.q: lora_alpha has 2 entries", "or 4"]),
-        (dict(top_k_pattern={"q": 5}), ["a.q: top_k is 5", "at most 4"]),
+        (dict(num_experts_pattern={"q": 2}, top_k=3), ["a.q: top_k: found 3", "at most num_experts = 2"]),
+        (
+            dict(num_experts_pattern={"q": 2}, r=[1, 2, 3, 4]),
+            ["a.q: r: found the list [1, 2", "num_experts = 2"],
+        ),
+        (dict(alpha_pattern={"q": [1, 2]}), ["a.q: lora_alpha: found the list [1, 2]", "num_experts = 4 entries"]),
+        (dict(top_k_pattern={"q": 5}), ["a.q: top_k: found 5", "at most num_experts = 4"]),
         (dict(shared_lora_A=True, rank_pattern={"q": [1, 2, 3, 4]}), ["a.q: shared_lora_A", "unequal ranks"]),
     ],
     ids=label,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.config.allowed import LARGEST
 from moe_lora_interop.config.patterns import layer_of, pattern_for
-from moe_lora_interop.config.validation import LARGEST
 from moe_lora_interop.errors import ConfigError
 
 Values = dict[str, Any]
