@@ -28,14 +28,7 @@ def check_fit(model: nn.Module, config: MoeLoraConfig, linears: dict[str, nn.Mod
         ConfigError: with every problem.
     """
     problems: list[str] = []
-    routed: list[str] = []
-    for module in chosen:
-        try:
-            routed += [module] if config.for_module(module).has_router else []
-        except ConfigError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise ConfigError("the patterns do not fit together", problems)
+    routed = config.routed(chosen)
     if config.scope == "ffn":
         owners = {path: model.get_submodule(path) for path in router_owners(config, routed)}
         problems += [p for path, block in owners.items() if (p := block_problem(path, block, config)) is not None]
