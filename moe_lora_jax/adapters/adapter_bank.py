@@ -184,7 +184,7 @@ def select_adapters(model: Any, ids: jax.Array) -> None:
         raise ValueError("the model has no AdapterBank")
     ids = jnp.asarray(ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids must be integers [batch], got {ids.dtype} {list(ids.shape)}")
+        raise ValueError(f"ids: found {ids.dtype} {list(ids.shape)}, expected integers [batch]")
     model.moe_lora_rows.set_value(ids)
 
 

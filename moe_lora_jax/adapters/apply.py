@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_interop.config.modules import block_of, last_bias_problem, last_layer, router_owners
+from moe_lora_interop.config.modules import block_of, last_bias_problem, last_layer, order_problems, router_owners
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.adapters.model_spec import ModelSpec, module_name
@@ -178,12 +178,9 @@ def _completed(model: nnx.Module, config: MoeLoraConfig, chosen: list[str]) -> M
     if config.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "name_or_path", None)
         config = replace(config, base_model_name_or_path=None if name is None else str(name))
-    routed = set(config.routed(chosen))
-    if config.layerwise and config.module_order is not None and set(config.module_order) != routed:
-        differing = sorted(routed.symmetric_difference(config.module_order))
-        raise ConfigError(
-            "the config does not fit the model", [f"module_order: expected every routed module, see {differing}"]
-        )
+    routed = config.routed(chosen)
+    if problems := order_problems(config, routed):
+        raise ConfigError("the config does not fit the model", problems)
     if config.layerwise and config.module_order is None:
         ordered = [m for m in getattr(model, "linear_order", list)() if m in routed]
         if len(ordered) != len(routed):

@@ -58,7 +58,7 @@ from moe_lora_interop.config.combinations import clashes
 from moe_lora_interop.config.patterns import first_match, pattern_for
 from moe_lora_interop.config.presets import PRESETS, SHARE
 from moe_lora_interop.config.targets import Targets
-from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.errors import ConfigError, expected
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "MOE_LORA"
@@ -332,8 +332,7 @@ class MoeLoraConfig:
             ConfigError: no preset of this name, or fields that do not go with it.
         """
         if name not in PRESETS:
-            problem = f"preset: found {name!r}, expected one of {', '.join(sorted(PRESETS))}"
-            raise ConfigError("unknown preset", [problem])
+            raise ConfigError("unknown preset", [f"preset: found {name!r}, {expected(name, PRESETS)}"])
         values = {**PRESETS[name], **fields}
         experts = values.get("num_experts", cls.num_experts)
         return cls(**{k: 1 / experts if v is SHARE else v for k, v in values.items()})

@@ -29,6 +29,16 @@ def _numbers(module: str) -> list[int]:
     return [int(n) for n in re.findall(r"\.(\d+)\.", module)]
 
 
+def order_problems(config: MoeLoraConfig, routed: list[str]) -> list[str]:
+    """What is wrong with `module_order`, if the config states it, as an order of a layerwise router's modules."""
+    order = config.module_order
+    if order is None or sorted(order) == sorted(routed):
+        return []
+    missing, unknown = sorted(set(routed) - set(order)), sorted(set(order) - set(routed))
+    found = f"without {missing or 'nothing'} that is routed and with {unknown or 'nothing'} that is not"
+    return [f"module_order: {found}, expected every routed module once"]
+
+
 def block_of(module: str) -> str:
     """The feed-forward block that a linear layer belongs to: its parent."""
     return module.rpartition(".")[0]
