@@ -133,7 +133,7 @@ def _notes(adapter: Adapter, plan: list[Planned]) -> list[str]:
 
 def _plan(adapter: Adapter, base: BaseModel) -> Iterator[Planned]:
     """Every tensor of the Mixtral, layer by layer, in the order of the base's names."""
-    routed = {block_of(m): m for m in adapter.modules if adapter.config.for_module(m).has_router}
+    routed = {block_of(m): m for m in adapter.config.routed(adapter.modules)}
     experts = adapter.config.for_module(next(iter(routed.values()))).num_experts
     for name in sorted(base.infos, key=_order):
         if INERT.fullmatch(name) or (name == _HEAD and base.config.get("tie_word_embeddings")):
@@ -193,7 +193,7 @@ def _cast(tensor: Planned, dtype: str | None) -> Planned:
 
 
 def _config(adapter: Adapter, base: BaseModel, plan: list[Planned]) -> dict[str, Any]:
-    stated, routed = base.config, next(m for m in adapter.modules if adapter.config.for_module(m).has_router)
+    stated, routed = base.config, adapter.config.routed(adapter.modules)[0]
     is_mistral = stated["architectures"] == ["MistralForCausalLM"]
     defaults = _SHARED | (_MISTRAL if is_mistral else {})
     sizes = adapter.config.for_module(routed)

@@ -63,7 +63,7 @@ def base_names(layers: int) -> set[str]:
 def adapter_problems(adapter: Adapter) -> list[str]:
     """Why this mixture's routing is not that of Mixtral, whatever the base."""
     c = adapter.config
-    top_ks = {c.for_module(m).top_k for m in adapter.modules if c.for_module(m).has_router}
+    top_ks = {sizes.top_k for sizes in c.for_modules(adapter.modules).values() if sizes.has_router}
     dense = top_ks <= {None}
     reasons = (
         (c.scope != "ffn", f"scope: found {c.scope}, expected ffn: Mixtral mixes whole feed-forward blocks"),
@@ -80,7 +80,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
 def fit_problems(adapter: Adapter, base: BaseModel) -> Iterator[str]:
     """Why the mixture's modules are not those of a Mixtral made from this base."""
     layers = base.config["num_hidden_layers"]
-    sizes = {m: adapter.config.for_module(m) for m in adapter.modules}
+    sizes = adapter.config.for_modules(adapter.modules)
     routed = {m: s for m, s in sizes.items() if s.has_router}
     yield from _varying("num_experts", {block_of(m): s.num_experts for m, s in routed.items()})
     yield from _varying("top_k", {block_of(m): s.top_k for m, s in routed.items()})
