@@ -43,22 +43,11 @@ class MoeLoraFeedForward(Described, nnx.Module):
         self.base_layer = base_layer
         self.router = Router(in_features, sizes, config=config, rngs=rngs)
         self.shared = shared
-        self.router_jitter_noise = config.router_jitter_noise
-        self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
-        self.deterministic = True
-        random = config.expert_dropout > 0 or config.router_jitter_noise > 0
-        self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out]."""
         flat = x.reshape(-1, x.shape[-1])
-        router_x = flat.astype(jnp.float32)
-        if not self.deterministic and self.router_jitter_noise > 0.0:
-            assert self.rngs is not None
-            eps = self.router_jitter_noise
-            router_x = router_x * jax.random.uniform(self.rngs(), flat.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
-        gates = self.expert_dropout(self.router(router_x).gates, rngs=self.rngs)
-        self.shared.set_value(gates[:, None])
+        self.shared.set_value(self.router.weights(self.router(flat).gates)[:, None])
         out = self.base_layer(flat)
         self.shared.clear()
         return out.reshape(*x.shape[:-1], out.shape[-1])
