@@ -1,4 +1,4 @@
-"""How gates travel from a router to the layers that it serves, when it does not stand at the layer itself."""
+"""How gates and task ids travel to the layers that use them, when they are not made there; and a task's row."""
 
 import jax
 import jax.numpy as jnp

@@ -56,9 +56,8 @@ class CausalLM(nnx.Module):
         """Logits [batch, seq, vocab]; with a cache (logits, cache); with `return_router` one more value at the end.
 
         Args:
-            return_router: also return {module path: RouterOutput(logits, gates)}, each [batch, seq, expert] fp32
-                ([batch, seq, split, expert] with splits). A router of the whole model is called "model", unless it
-                is layerwise.
+            return_router: also return {module path: RouterOutput}, fields [batch, seq, expert] ([batch, seq, split,
+                expert] with splits). A router of the whole model is called "model", unless it is layerwise.
 
         Other arguments as in `hidden_states`.
         """

@@ -14,7 +14,7 @@ from moe_lora_interop.config.modules import block_of
 from moe_lora_interop.errors import CheckpointError, ConfigError
 
 Gates = dict[str, np.ndarray]
-"""{routed module: [split, expert]}, as the router emits them: routed_scaling_factor included."""
+"""{routed module: [split, expert]}, as the experts are weighted: routed_scaling_factor included."""
 
 
 def routed_modules(adapter: Adapter) -> list[str]:
