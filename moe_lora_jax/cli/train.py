@@ -182,7 +182,8 @@ def train(
     if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
     pad_id = tokenizer.pad_token_id or 0
-    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
+    with shell.progress("compiling the step") as bar:
+        result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, on_progress=bar)
 
     shell.give(
         {
