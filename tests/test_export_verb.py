@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     texts = [" ".join(rng.choice(WORDS, length)) for length in (4, 9, 9, 4, 9)]
     (root / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for name, fields in {
-        "linear": {},
+        "linear": {"routed_scaling_factor": 1.5},
         "model": {"scope": "model", "router_bias": True},
         "ffn": {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
         "task": {"scope": "model", "router_input": "task", "num_tasks": 3, "task_embedding_dim": 4, "top_k": None},
@@ -71,6 +71,7 @@ def test_mean_gates_are_the_averages_over_real_tokens(made, kind, tmp_path, caps
     exported = read_plain_lora(tmp_path / "out")
     for module in adapter.modules:
         mean = np.concatenate(gates[module if kind == "linear" else "model"]).mean(axis=0)
+        mean = adapter.config.routed_scaling_factor * mean
         sizes = adapter.config.for_module(module)
         expected = [g * s * b for g, s, b in zip(mean, sizes.scalings, adapter.tensors[module, "lora_B"], strict=True)]
         found = exported.tensors[module, "lora_B"][0]
