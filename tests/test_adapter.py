@@ -432,7 +432,7 @@ def test_detect_refuses_an_empty_file(saved):
 
 
 def test_unknown_options_are_refused(saved):
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(ConfigError) as error:
         moe_lora_interop.read(saved[0], alpha=2, beta=3)
     alpha, beta = error.value.problems
     assert "alpha" in alpha and "beta" in beta

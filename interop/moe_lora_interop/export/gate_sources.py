@@ -17,15 +17,10 @@ Gates = dict[str, np.ndarray]
 """{routed module: [split, expert]}, as the router emits them: routed_scaling_factor included."""
 
 
-def routed_modules(adapter: Adapter) -> list[str]:
-    """The modules that have a router or are served by one."""
-    return [m for m in adapter.modules if adapter.config.for_module(m).has_router]
-
-
 def uniform_gates(adapter: Adapter) -> Gates:
     """1 / E for every expert, times routed_scaling_factor."""
     config = adapter.config
-    counts = {m: config.for_module(m).num_experts for m in routed_modules(adapter)}
+    counts = {m: config.for_module(m).num_experts for m in adapter.routed}
     return {m: np.full((config.n_splits, n), config.routed_scaling_factor / n) for m, n in counts.items()}
 
 
@@ -52,7 +47,7 @@ def gates_of(adapter: Adapter, data: Any) -> Gates:
         data = {"model": data}
     if not isinstance(data, Mapping):
         raise ConfigError("invalid gates", [f"found {type(data).__name__}, expected a list or an object"])
-    routed, problems, gates, used = routed_modules(adapter), [], {}, set()
+    routed, problems, gates, used = adapter.routed, [], {}, set()
     for module in routed:
         key = next((k for k in (module, block_of(module), "model") if k in data), None)
         if key is None:
