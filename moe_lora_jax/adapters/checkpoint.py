@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 import moe_lora_interop
@@ -91,7 +92,9 @@ def load_adapter(
     names = adapted_names(model)
     state = [(path, _name(path, names), v) for path, v in nnx.to_flat_state(nnx.state(model, MoeLoraParam))]
     assert not problems and stored.keys() == {name for _, name, _ in state}, "checked against the config before"
-    filled = {path: variable.replace(put_like(stored[name], variable[...])) for path, name, variable in state}
+    filled = {
+        path: variable.replace(put_like(np.asarray(stored[name]), variable[...])) for path, name, variable in state
+    }
     nnx.update(model, nnx.from_flat_state(filled))
     return model
 
@@ -113,11 +116,10 @@ def _name(path: tuple[Any, ...], names: Mapping[str, str]) -> str:
 def check_fits(linears: Mapping[str, LinearLayer], adapter: Adapter) -> None:
     """Raises CheckpointError unless the base model has every module of the adapter, in its size."""
     problems = []
-    for module in adapter.modules:
+    for module, found in adapter.features.items():
         if module not in linears:
             problems.append(f"{module}: the base model has no linear layer of this name")
             continue
-        found = (adapter.tensors[module, "lora_A"].shape[-1], adapter.tensors[module, "lora_B"].shape[1])
         expected = (linears[module].map.in_features, linears[module].map.out_features)
         if found != expected:
             problems.append(f"{module}: the adapter is for in, out = {found}, the base model has {expected}")

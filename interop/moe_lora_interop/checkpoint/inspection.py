@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from moe_lora_interop.checkpoint import directory as storage
 from moe_lora_interop.checkpoint.adapter import Adapter
-from moe_lora_interop.checkpoint.read_write import METADATA, layout_of, opened
+from moe_lora_interop.checkpoint.read_write import between_saves, opened
+from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
-from moe_lora_interop.dialects.registry import dialect_named
 from moe_lora_interop.disk import files
 from moe_lora_interop.disk.digest import NAME as DIGEST
+from moe_lora_interop.disk.dtypes import bits
 from moe_lora_interop.disk.files import TensorInfo
 from moe_lora_interop.errors import CheckpointError, ConfigError
-
-METADATA_KEYS = {*METADATA, DIGEST}
 
 
 @dataclass(frozen=True)
@@ -71,24 +68,22 @@ def inspect(directory: str | os.PathLike[str], dialect: str | None = None, **opt
     Raises:
         CheckpointError, ConfigError: it is not a checkpoint in a known layout.
     """
-    path = files.existing_directory(directory)
-    name = dialect or layout_of(path)
-    stored = storage.open_directory(path, dialect_named(name), options)
-    if name == "native":
-        config = MoeLoraConfig.from_dict(stored.raw)
-    else:
-        with opened(path, name, **options) as adapter:
-            config = adapter.config
-    tensors, metadata = stored.infos, stored.metadata
+    with between_saves(directory, dialect, options, _inspection) as found:
+        return found
+
+
+def _inspection(reading: Reading) -> Inspection:
+    config, tensors = reading.adapter_config(), reading.stored.infos
     counts = {name: math.prod(t.shape) for name, t in tensors.items()}
-    size = sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items())
-    return Inspection(name, config, routing_in_words(config), tensors, sum(counts.values()), size, metadata)
-
-
-def bits(dtype: str) -> int:
-    """Bits per value of a safetensors dtype: F32, BF16, F8_E4M3, BOOL, ..."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8
+    return Inspection(
+        reading.dialect.name,
+        config,
+        routing_in_words(config),
+        tensors,
+        parameters=sum(counts.values()),
+        bytes=sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items()),
+        metadata=dict(reading.stored.metadata),
+    )
 
 
 def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
@@ -100,9 +95,7 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     """
     try:
         with opened(directory) as adapter:
-            path = Path(directory)
-            metadata = storage.open_directory(path, dialect_named(layout_of(path)), {}).metadata
-            findings = [*_metadata_findings(metadata), *_value_findings(adapter)]
+            findings = [*_metadata_findings(adapter), *_value_findings(adapter)]
             return findings + (list(_base_findings(adapter, Path(base))) if base is not None else [])
     except (CheckpointError, ConfigError) as error:
         return [Finding("error", f"{error.what}: {problem}") for problem in error.problems] or [
@@ -110,14 +103,15 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         ]
 
 
-def _metadata_findings(metadata: dict[str, str]) -> Iterator[Finding]:
+def _metadata_findings(adapter: OpenAdapter) -> Iterator[Finding]:
+    metadata, expected = adapter.metadata, adapter.dialect.metadata
     if DIGEST not in metadata:
         yield Finding("note", "no digest in the file (PEFT writes none): damage to the tensors would not be noticed")
-    for key in sorted(metadata.keys() - METADATA_KEYS):
+    for key in sorted(metadata.keys() - expected.keys() - {DIGEST}):
         yield Finding("note", f"unknown header metadata {key!r}: {metadata[key]!r}")
-    version = metadata.get("format_version", METADATA["format_version"])
-    if version != METADATA["format_version"]:
-        yield Finding("error", f"header format_version: found {version!r}, expected {METADATA['format_version']!r}")
+    version = expected.get("format_version")
+    if version is not None and (found := metadata.get("format_version", version)) != version:
+        yield Finding("error", f"header format_version: found {found!r}, expected {version!r}")
 
 
 def _value_findings(adapter: Adapter) -> Iterator[Finding]:
@@ -135,8 +129,8 @@ def _value_findings(adapter: Adapter) -> Iterator[Finding]:
 
 def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
     shapes = base_shapes(base)
-    for module in adapter.modules:
-        found = (adapter.tensors[module, "lora_B"].shape[1], adapter.tensors[module, "lora_A"].shape[-1])
+    for module, features in adapter.features.items():
+        found = features[::-1]
         expected = shapes.get(f"{module}.weight")
         if expected is None:
             yield Finding("error", f"{module}: not in the base model at {base}")

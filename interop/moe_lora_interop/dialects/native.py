@@ -1,5 +1,6 @@
 """Native format version 1: what PEFT's own save_pretrained writes for the MOE_LORA tuner. See FORMAT.md."""
 
+from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import Rule
 
@@ -19,5 +20,9 @@ NATIVE = Dialect(
         Rule("task_embedding", "base_model.moe_lora_task_embedding.weight", "task dim", module=""),
     ),
     needs=frozenset({"lora_A", "lora_B"}),
-    const={"peft_type": ("MOE_LORA",)},
+    own_config=True,
+    const={"peft_type": (PEFT_TYPE,)},
+    metadata={"format": "pt", "format_version": str(FORMAT_VERSION)},
+    signed=True,
+    card=True,
 )

@@ -101,9 +101,9 @@ def _read_all(directories: Sequence[str | os.PathLike[str]], on_progress: OnProg
 
 
 def _size_problems(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> list[str]:
-    problems = []
+    features, problems = {name: a.features for name, a in adapters.items()}, []
     for module in modules:
-        sizes = {name: _in_out(a, module) for name, a in adapters.items() if module in a.modules}
+        sizes = {name: a[module] for name, a in features.items() if module in a}
         first, expected = next(iter(sizes.items()))
         problems += [
             f"{name}: {module} has in, out = {found}, {first} has {expected}"
@@ -111,10 +111,6 @@ def _size_problems(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> l
             if found != expected
         ]
     return problems
-
-
-def _in_out(adapter: Adapter, module: str) -> tuple[int, int]:
-    return adapter.tensors[module, "lora_A"].shape[-1], adapter.tensors[module, "lora_B"].shape[1]
 
 
 def _base_problems(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -129,14 +125,15 @@ def _factors(adapter: Adapter, module: str, use_rslora: bool, others: Mapping[st
     """One expert's A, B and alpha, where s = alpha / r (or alpha / sqrt(r) with `use_rslora`)."""
     if module not in adapter.modules:
         like = next(a for a in others.values() if module in a.modules)
-        n_in, n_out = _in_out(like, module)
+        n_in, n_out = like.features[module]
         dtype = like.tensors[module, "lora_A"].dtype
         return Factors(np.zeros((1, n_in), dtype), np.zeros((n_out, 1), dtype), 1.0)
     sizes: ModuleConfig = adapter.config.for_module(module)
     alpha = sizes.alphas[0]
     if sizes.use_rslora and not use_rslora:
         alpha *= sizes.rank**0.5
-    return Factors(adapter.tensors[module, "lora_A"][0], adapter.tensors[module, "lora_B"][0], alpha)
+    a, b = (np.asarray(adapter.tensors[module, role][0]) for role in ("lora_A", "lora_B"))
+    return Factors(a, b, alpha)
 
 
 def _config(adapters: Sequence[Adapter], factors: Mapping[str, Sequence[Factors]]) -> MoeLoraConfig:
