@@ -15,6 +15,7 @@ from moe_lora_interop.checkpoint.card import CARD_NAME, model_card
 from moe_lora_interop.checkpoint.prototypes import complete_prototypes
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE, MoeLoraConfig
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
+from moe_lora_interop.dialects.unread import naming_unread
 from moe_lora_interop.disk import files
 from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_files, will_remain
 from moe_lora_interop.disk.digest import NAME as DIGEST
@@ -29,6 +30,7 @@ RETRIES = 5
 METADATA = {"format": "pt", "format_version": str(FORMAT_VERSION)}
 
 
+@naming_unread
 def detect(directory: str | os.PathLike[str]) -> str:
     """The name of the one layout that describes every tensor and the config in `directory`.
 
@@ -96,6 +98,7 @@ def opened(directory: str | os.PathLike[str], dialect: str | None = None, **opti
     raise CheckpointError(f"a save into {path} was interrupted, or is still going on", [problem])
 
 
+@naming_unread
 def _open(
     path: Path, dialect: str | None, options: Mapping[str, Any], sources: contextlib.ExitStack
 ) -> tuple[Adapter, bool]:
