@@ -76,6 +76,7 @@ def weights_path(directory: Path) -> Path:
     found = next((directory / n for n in names if (directory / n).exists()), None)
     if found is None:
         problems = [f"{directory}: missing file, expected one of {', '.join(names)}"]
+        problems += [line for name in names for line in files.shards_of(directory / name)]
         if not (directory / files.CONFIG_NAME).exists():
             problems.append(f"{directory / files.CONFIG_NAME}: missing file")
         if (directory / "config.json").is_file():
