@@ -73,10 +73,7 @@ def head_of(card):
     [
         ("org/base-1.5B", True),
         ("gpt2", True),
-        ("/models/base", False),
-        ("./base", False),
-        ("a: b", False),
-        (None, False),
+        *((name, False) for name in ("/models/base", "./base", "a: b", "1" * 5000, None)),
     ],
 )
 @pytest.mark.parametrize("by_peft", [False, True])
