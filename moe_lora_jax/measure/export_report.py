@@ -19,7 +19,7 @@ from moe_lora_jax.models import CausalLM, load_base_model
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import Example, read_data
 from moe_lora_jax.train.step import Batch
-from moe_lora_jax.train.tokenizer import load_tokenizer
+from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
 BATCH_SIZE = 8
 Forward = Callable[[Batch], Any]
@@ -36,10 +36,11 @@ def mean_gates(
     Raises:
         CheckpointError, ConfigError, DataError: the base or the data cannot be read, or do not fit.
     """
-    forward = _forward(load_adapter(load_base_model(base), adapter), with_router=True)
+    model = load_base_model(base)
+    forward = _forward(load_adapter(model, adapter), with_router=True)
     totals: dict[str, np.ndarray] = {}
     tokens = 0.0
-    for batch in tracked(_batches(base, data, max_length), on_progress):
+    for batch in tracked(_batches(model, base, data, max_length), on_progress):
         _, router = forward(batch)
         tokens += float(batch.attention_mask.sum())
         for name, output in router.items():
@@ -110,8 +111,9 @@ def export_report(
     folders = sorted(directory.glob("expert_*"), key=lambda p: int(p.name.removeprefix("expert_")))
     others |= {path.name: read_plain_lora(path) for path in folders or [directory]}
     ids = jnp.asarray([task if len(task) > 1 else task[0]]) if task else None
-    full = _forward(load_adapter(load_base_model(base), adapter), task=ids)
-    batches = _batches(base, data, max_length)
+    mixture = load_base_model(base)
+    full = _forward(load_adapter(mixture, adapter), task=ids)
+    batches = _batches(mixture, base, data, max_length)
     found = {}
     for name, other in tracked(others.items(), on_progress):
         model = load_base_model(base)
@@ -150,8 +152,8 @@ def _forward(model: CausalLM | nnx.Module, *, with_router: bool = False, task: j
     return lambda batch: run(state, batch)
 
 
-def _batches(base: Path, data: Path, max_length: int) -> list[Batch]:
-    tokenizer = load_tokenizer(base)
-    examples: tuple[Example, ...] = read_data(data, tokenizer, max_length=max_length).examples
-    pad_id = tokenizer.pad_token_id or 0
-    return [host.batch for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=pad_id)]
+def _batches(model: CausalLM, base: Path, data: Path, max_length: int) -> list[Batch]:
+    tokenizer, vocabulary = load_tokenizer(base), model.config.vocab_size
+    examples: tuple[Example, ...] = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary).examples
+    pad = pad_id(tokenizer, vocabulary)
+    return [host.batch for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=pad)]

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from moe_lora_jax.sharding import mesh_of, put_rows, replicated
 from moe_lora_jax.train.batches import eval_batches
-from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.losses import next_token_loss
 from moe_lora_jax.train.step import Batch
 
@@ -21,7 +21,11 @@ def evaluate(model: nnx.Module, data: TokenData, *, batch_size: int = 8, pad_id:
         data: from `read_data`.
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.
+
+    Raises:
+        DataError: token ids that the model has no row for.
     """
+    check_vocabulary(data, model)
     graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
     nll, counted, mesh = 0.0, 0.0, mesh_of(state)
     for host in eval_batches(data.examples, batch_size=batch_size, pad_id=pad_id):
