@@ -4,13 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_lora_interop.checkpoint.card import GENERATION_CONFIG, end_ids_beside
 from moe_lora_interop.disk.atomic import replace_file
-from moe_lora_interop.disk.files import read_json
-from moe_lora_jax.models.fields import Fields
 from moe_lora_jax.train.errors import BadLine
 from moe_lora_jax.train.template import ChatTemplate
-
-NAME = "generation_config.json"
 
 
 def end_ids(model: Any, tokenizer: Any, adapter: Path | None = None) -> list[int]:
@@ -22,18 +19,13 @@ def end_ids(model: Any, tokenizer: Any, adapter: Path | None = None) -> list[int
         closing = ChatTemplate(tokenizer).end_token
     except BadLine:  # there is no template
         closing = None
-    beside = adapter / NAME if adapter is not None else None
-    stated = read_json(beside) if beside is not None and beside.is_file() else {}
-    return sorted({*model.config.eos_token_id, tokenizer.eos_token_id, closing, *_ids(stated)} - {None})
+    beside = [] if adapter is None else end_ids_beside(adapter)
+    return sorted({*model.config.eos_token_id, tokenizer.eos_token_id, closing, *beside} - {None})
 
 
 def write_end_ids(directory: Path, model: Any, tokenizer: Any) -> None:
     """Writes generation_config.json beside an adapter, if its texts end at other ids than those of the base model."""
     found = end_ids(model, tokenizer)
-    if not set(found) <= set(model.config.eos_token_id) and not (directory / NAME).exists():
+    if not set(found) <= set(model.config.eos_token_id) and not (directory / GENERATION_CONFIG).exists():
         directory.mkdir(parents=True, exist_ok=True)
-        replace_file(directory / NAME, (json.dumps({"eos_token_id": found}, indent=2) + "\n").encode())
-
-
-def _ids(stated: dict[str, Any]) -> tuple[int, ...]:
-    return Fields(stated, {}).token_ids("eos_token_id")
+        replace_file(directory / GENERATION_CONFIG, (json.dumps({"eos_token_id": found}, indent=2) + "\n").encode())

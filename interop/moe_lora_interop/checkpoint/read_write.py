@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_lora_interop.checkpoint import directory as storage
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
-from moe_lora_interop.checkpoint.card import CARD_NAME, model_card
+from moe_lora_interop.checkpoint.card import CARD_NAME, end_ids_beside, model_card
 from moe_lora_interop.checkpoint.prototypes import complete_prototypes
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE, MoeLoraConfig
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
@@ -171,7 +171,8 @@ def write(
     if table.name == "native":
         metadata, state = METADATA, begun(config.semantic_dict(), tensors, METADATA)
         if not will_remain(target, CARD_NAME):
-            card = model_card(config, {n: (str(t.dtype), t.shape) for n, t in tensors.items()})
+            described = {n: (str(t.dtype), t.shape) for n, t in tensors.items()}
+            card = model_card(config, described, end_ids=end_ids_beside(target))
             writers[CARD_NAME] = lambda p: p.write_text(card, "utf-8", errors="replace")
     writers |= storage.store(target, table, raw, tensors, metadata, state)
     replace_files(target, writers, stale=_names(target))
