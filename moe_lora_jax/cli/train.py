@@ -43,6 +43,7 @@ def train(
     max_grad_norm: float | None = TrainSettings.max_grad_norm,
     train_only: Literal["all", "router", "experts"] = TrainSettings.train_only,
     max_length: int = 512,
+    chat_template: Path | None = None,
     eval_file: Path | None = None,
     eval_fraction: float = 0.0,
     eval_every: int | None = TrainSettings.eval_every,
@@ -72,7 +73,8 @@ def train(
 
     Args:
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
-        data: JSONL; each line has text, or prompt and completion, or messages.
+        data: JSONL; each line has text, or prompt and completion, or messages. Also a JSON array of such objects, .gz
+            of either, or parquet.
         output_dir: where the adapter and the run go.
         r: rank of one expert, or one rank per expert; {r}.
         lora_alpha: the scaling is lora_alpha / r; one number, or one per expert; {lora_alpha}.
@@ -97,6 +99,7 @@ def train(
         max_grad_norm: clip the gradient's global norm; None does not.
         train_only: train all of the adapter, or only its routers or its experts.
         max_length: tokens; longer examples are cut, and counted in the output.
+        chat_template: a file with a Jinja template for messages, instead of the tokenizer's own.
         eval_file: JSONL to evaluate on.
         eval_fraction: or evaluate on this part of the data, which is then not trained on.
         eval_every: steps between evaluations; None evaluates before and after.
@@ -146,9 +149,10 @@ def train(
         from moe_lora_jax.processes import connect, is_first, once
         from moe_lora_jax.sharding import make_mesh
         from moe_lora_jax.train.data import read_data, split_data
+        from moe_lora_jax.train.end_of_text import write_end_ids
         from moe_lora_jax.train.loop import train as run
         from moe_lora_jax.train.run_dir import check_free
-        from moe_lora_jax.train.tokenizer import load_tokenizer
+        from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
         connect(coordinator, num_processes, process_id)
         if not axes and jax.process_count() > 1:
@@ -158,7 +162,7 @@ def train(
         shell = Shell(quiet=True)
     once(lambda: check_free(output_dir, resume=resume))
     with shell.progress("reading the model and the data"):
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, chat_template)
         wanted = None if dtype == "stored" else dtype
         base = load_base_model(model, dtype=wanted, scan_layers=scan_layers, remat=remat, mesh=devices)
         vocabulary = base.config.vocab_size
@@ -181,8 +185,10 @@ def train(
         load_adapter(base, start, rngs=nnx.Rngs(seed))
     if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
-    pad_id = tokenizer.pad_token_id or 0
-    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
+    if is_first():
+        write_end_ids(output_dir, base, tokenizer)
+    pad = pad_id(tokenizer, vocabulary)
+    result = run(base, train_data, output_dir, settings, eval_data=eval_data, pad_id=pad, console=shell.terminal)
 
     shell.give(
         {
