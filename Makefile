@@ -98,7 +98,6 @@ build/bench-peers/mixlora: | .venv/installed
 # does a mixture beat one LoRA? Hours on a CPU; stopped, the same command goes on. benchmarks/effect/RESULTS.md
 effect: .venv/installed build/effect/packages build/smollm2/config.json
 	PYTHONPATH=.:build/effect/packages $(BIN)/python -m benchmarks.effect build/smollm2
-	$(BIN)/python -m benchmarks.effect.table
 
 build/effect/packages: | .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target $@ \

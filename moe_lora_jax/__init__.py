@@ -10,10 +10,11 @@ from moe_lora_jax.adapters.checkpoint import combine, load_adapter, save_pretrai
 from moe_lora_jax.adapters.filters import experts_only, router_only
 from moe_lora_jax.adapters.model_spec import ModelSpec
 from moe_lora_jax.adapters.parameter_summary import summary
+from moe_lora_jax.layers.gating import RouterOutput
 from moe_lora_jax.layers.linear import MoeLoraLinear
 from moe_lora_jax.layers.linear_maps import LinearMap
 from moe_lora_jax.layers.mixing import MoeLoraParam
-from moe_lora_jax.layers.router import Router, RouterOutput
+from moe_lora_jax.layers.router import Router
 from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.models.quantized import quantize_base
 from moe_lora_jax.sharding import make_mesh

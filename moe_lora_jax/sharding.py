@@ -62,13 +62,15 @@ def shardings(shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, rules: Rules) -
     for path, shape in shapes.items():
         spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), PartitionSpec())
         if len(spec) > len(shape):
-            problems.append(f"{path}: shape {shape} has fewer axes than its rule {spec}")
+            problems.append(f"{path}: found shape {shape}, expected as many axes as in its rule {spec}")
             continue
         names = [_on(mesh, entry) for entry in spec]
         for size, entry in zip(shape, names, strict=False):
             parts = math.prod(mesh.shape[name] for name in entry)
             if size % parts:
-                problems.append(f"{path}: shape {shape}, {size} is no multiple of {' x '.join(entry)} = {parts}")
+                problems.append(
+                    f"{path}: found {size} in shape {shape}, expected a multiple of {' x '.join(entry)} = {parts}"
+                )
         found[path] = NamedSharding(mesh, PartitionSpec(*(entry or None for entry in names)))
     if problems:
         raise ConfigError("the mesh does not fit the model; other rules may leave an axis whole", problems)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_lora_interop import Adapter
+from moe_lora_interop import Adapter, MoeLoraConfig
 
 
 class NumpyMixture:
@@ -137,21 +137,13 @@ class NumpyMixture:
 
     def _gates(self, z: np.ndarray, top_k: int | None, tau: float | None) -> np.ndarray:
         """One token: z [expert] -> g [expert], times routed_scaling_factor."""
-        c = self.config
-        z = np.abs(z) if c.scoring_func == "abs_softmax" else z
-        p = sigmoid(z) if c.scoring_func == "sigmoid" else np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-        kept = np.ones(len(p), bool)
-        if top_k is not None and top_k < len(p):
-            order = np.argsort(-z, kind="stable")
-            kept[order[top_k:]] = False
-            self.margin = min(self.margin, z[order[top_k - 1]] - z[order[top_k]])
+        p, kept, g = decide(z, self.config, top_k, tau)
+        if top_k is not None and not kept.all():
+            size = np.abs(z) if self.config.scoring_func == "abs_softmax" else z
+            self.margin = min(self.margin, size[kept].min() - size[~kept].max())
         elif tau is not None:
-            kept = p >= tau
             self.margin = min(self.margin, np.abs(p - tau).min())
-        g = np.where(kept, p - tau if c.adaptive_threshold else p, 0)
-        if c.norm_topk_prob and g.sum() > 0:
-            g = g / g.sum()
-        return c.routed_scaling_factor * g
+        return self.config.routed_scaling_factor * g
 
     def _task_row(self, owner: str, task: np.ndarray) -> np.ndarray:
         table = self.tensors[owner, "task_embedding"]
@@ -203,6 +195,21 @@ class NumpyMixture:
         cos, sin = (np.concatenate([f(angles)] * 2, -1) for f in (np.cos, np.sin))
         left, right = np.split(y, 2, -1)
         return y * cos + np.concatenate([-right, left], -1) * sin
+
+
+def decide(
+    z: np.ndarray, c: MoeLoraConfig, top_k: int | None, tau: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One token: z [expert] -> the scores p, which experts are kept, and g before routed_scaling_factor."""
+    z = np.abs(z) if c.scoring_func == "abs_softmax" else z
+    p = sigmoid(z) if c.scoring_func == "sigmoid" else np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    kept = np.ones(len(p), bool)
+    if top_k is not None:
+        kept[np.argsort(-z, kind="stable")[top_k:]] = False
+    elif tau is not None:
+        kept = p >= tau
+    g = np.where(kept, p - tau if c.adaptive_threshold else p, 0)
+    return p, kept, g / g.sum() if c.norm_topk_prob and g.sum() > 0 else g
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -6,12 +6,14 @@ import json
 import pickle
 from enum import Enum
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from moe_lora_interop import ConfigError, MoeLoraConfig
+from moe_lora_interop.export.task_gates import compute_gates
 
 NAN, INF = float("nan"), float("inf")
 NOT_BOOL = (None, 0, 1, "true", [])
@@ -450,10 +452,13 @@ def test_a_top_k_pattern_of_null_is_dense():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(num_experts_pattern={"q": 2}, top_k=3), ["a.q: top_k is 3", "at most 2"]),
-        (dict(num_experts_pattern={"q": 2}, r=[1, 2, 3, 4]), ["a.q: r has 4 entries", "or 2"]),
-        (dict(alpha_pattern={"q": [1, 2]}), ["a.q: lora_alpha has 2 entries", "or 4"]),
-        (dict(top_k_pattern={"q": 5}), ["a.q: top_k is 5", "at most 4"]),
+        (dict(num_experts_pattern={"q": 2}, top_k=3), ["a.q: top_k: found 3", "at most num_experts = 2"]),
+        (
+            dict(num_experts_pattern={"q": 2}, r=[1, 2, 3, 4]),
+            ["a.q: r: found the list [1, 2", "num_experts = 2"],
+        ),
+        (dict(alpha_pattern={"q": [1, 2]}), ["a.q: lora_alpha: found the list [1, 2]", "num_experts = 4 entries"]),
+        (dict(top_k_pattern={"q": 5}), ["a.q: top_k: found 5", "at most num_experts = 4"]),
         (dict(shared_lora_A=True, rank_pattern={"q": [1, 2, 3, 4]}), ["a.q: shared_lora_A", "unequal ranks"]),
     ],
     ids=label,
@@ -462,3 +467,36 @@ def test_patterns_that_do_not_fit_a_module_name_it(fields, words):
     with pytest.raises(ConfigError) as error:
         MoeLoraConfig(**fields).for_module("a.q")
     assert all(word in str(error.value) for word in words)
+
+
+def test_every_problem_of_every_module_is_named_and_the_others_are_still_there():
+    config = MoeLoraConfig(num_experts=4, top_k=3, num_experts_pattern={"q": 2, "v": 1}, alpha_pattern={"k": [1, 2]})
+    with pytest.raises(ConfigError) as error:
+        config.for_modules(["a.q", "a.k", "a.v", "a.o"])
+    assert [p.partition(": found")[0] for p in error.value.problems] == ["a.q: top_k", "a.k: lora_alpha"]
+    fitting, problems = config.fitting(["a.q", "a.k", "a.v", "a.o"])
+    assert fitting == config.for_modules(["a.v", "a.o"]) == {m: config.for_module(m) for m in ("a.v", "a.o")}
+    assert tuple(problems) == error.value.problems
+    assert config.routed(["a.v", "a.o"]) == ["a.o"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(top_k=2),
+        dict(top_k=2, norm_topk_prob=False),
+        dict(threshold=0.6),
+        dict(threshold=0.6, adaptive_threshold=True),
+        dict(routed_scaling_factor=2.0),
+        dict(scoring_func="sigmoid"),
+        dict(scoring_func="sigmoid", norm_topk_prob=False),
+    ],
+    ids=label,
+)
+def test_gates_sum_to_one_where_the_config_says_so(fields):
+    config = MoeLoraConfig(num_experts=3, **fields)
+    logits = np.array([[0.0, 0.0, 0.0], [5.0, 1.0, -2.0], [-1.0, 0.3, 0.2]])  # of the first, a threshold keeps nothing
+    sums = np.stack([compute_gates(z, config, config.top_k) for z in logits]).sum(-1)
+    assert config.gates_sum_to_one == bool(np.allclose(sums, 1))
+    assert not MoeLoraConfig(num_experts=3, expert_dropout=0.1, **fields).gates_sum_to_one

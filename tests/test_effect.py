@@ -15,6 +15,7 @@ from benchmarks.effect.bootstrap import interval, mean, test_values
 from benchmarks.effect.knockout import favourites, own_and_others, without
 from benchmarks.effect.methods import METHODS
 from benchmarks.effect.plan import GRID, RATES, SEEDS, Run, final_rows, next_run
+from benchmarks.effect.rows import ROWS, read_rows
 from benchmarks.effect.score import make_scorer
 from benchmarks.effect.session import Session, Settings, batches
 from benchmarks.effect.table import RESULTS, replaced, tables
@@ -217,7 +218,7 @@ def rows(base, data, tmp_path_factory):
     assert file.read_text() == lines, "nothing is repeated"
     with pytest.raises(SystemExit, match="steps 4, expected 5"):
         effect.complete(base, file, data, general, methods, Settings(steps=5, batch=4, warmup=1), end=float("inf"))
-    return effect.read_rows(file)
+    return read_rows(file)
 
 
 def test_every_run_is_a_row_that_says_everything(rows, data):
@@ -260,7 +261,7 @@ def test_the_tables_show_the_methods_and_their_numbers(rows):
 
 
 def test_the_published_tables_are_those_of_the_published_rows():
-    rows = effect.read_rows(effect.ROWS)
+    rows = read_rows(ROWS)
     text = RESULTS.read_text()
     assert replaced(text, tables(rows)) == text, "run: python -m benchmarks.effect.table"
     assert len({json.dumps([row[k] for k in ("data", "general", "steps", "batch")]) for row in rows}) == 1

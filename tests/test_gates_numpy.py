@@ -1,16 +1,18 @@
-"""The plain numpy gates against the JAX ones, and the gates of tasks."""
+"""The decisions of JAX, PyTorch and the plain numpy gates against the formula, and the gates of tasks."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import moe_lora_interop
 from moe_lora_interop.export.task_gates import compute_gates, task_gates
-from moe_lora_jax.layers.gating import Gating
-from moe_lora_jax.layers.gating import compute_gates as jax_gates
+from moe_lora_interop.peft_tuner.gating import route as torch_route
+from moe_lora_jax.layers.gating import Gating, route
 from tests.adapters import make_adapter
+from tests.numpy_mixture import decide
 from tests.peers_data import Peer
 
 RULES = st.fixed_dictionaries(
@@ -19,14 +21,14 @@ RULES = st.fixed_dictionaries(
         "select": st.sampled_from([{}, {"top_k": 1}, {"top_k": 3}, {"threshold": 0.3}, {"threshold": 0.9}]),
         "adaptive_threshold": st.booleans(),
         "norm_topk_prob": st.booleans(),
-        "routed_scaling_factor": st.sampled_from([1.0, 2.5]),
+        "routed_scaling_factor": st.sampled_from([1.0, 0.3, 2.5]),
     }
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(RULES, st.integers(0, 2**32 - 1))
-def test_numpy_and_jax_gates_are_equal(rule, seed):
+def test_every_decision_is_the_formulas(rule, seed):
     select = rule.pop("select")
     rule["adaptive_threshold"] &= "threshold" in select
     if not select and rule["scoring_func"] != "sigmoid":
@@ -35,9 +37,21 @@ def test_numpy_and_jax_gates_are_equal(rule, seed):
     rng = np.random.default_rng(seed)
     z = rng.integers(-3, 4, (7, 4)).astype(np.float32)  # with ties
     tau = rng.uniform(0, 0.6, (7, 1)).astype(np.float32) if config.adaptive_threshold else config.threshold
-    found = compute_gates(z, config, config.top_k, tau)
-    expected = jax_gates(jnp.asarray(z), Gating.of(config, config.for_module("x")), tau)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    z64, taus = z.astype(np.float64), np.broadcast_to(np.nan if tau is None else tau, (7, 1))[:, 0]
+    rows = [decide(row, config, config.top_k, None if tau is None else t) for row, t in zip(z64, taus, strict=True)]
+    scores, kept, gates = (np.stack(field) for field in zip(*rows, strict=True))
+    if tau is not None:  # nearer, fp32 may rightly decide otherwise
+        assume(np.abs(scores - taus[:, None]).min() > 1e-6)
+    ours = route(jnp.asarray(z), Gating.of(config, config.for_module("x")), tau)
+    torch_tau = torch.from_numpy(tau) if config.adaptive_threshold else tau
+    theirs = torch_route(torch.from_numpy(z), config, config.top_k, torch_tau)
+    for found in (ours, theirs):
+        np.testing.assert_array_equal(found.logits, z)
+        np.testing.assert_allclose(found.scores, scores, atol=1e-6)
+        np.testing.assert_array_equal(found.kept, kept)
+        np.testing.assert_allclose(found.gates, gates, atol=1e-6)
+    exported = compute_gates(z64, config, config.top_k, tau)
+    np.testing.assert_allclose(exported, config.routed_scaling_factor * gates, atol=1e-12)
 
 
 def test_the_formula_by_hand():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from moe_lora_interop import ConfigError, MoeLoraConfig
-from moe_lora_jax.layers.gating import Gating, compute_gates
+from moe_lora_jax.layers.gating import Gating, route
 
 EXPERTS, TOKENS = 5, 32
 SELECTIONS = {
@@ -60,7 +60,7 @@ def reference_gates(config, logits, tau=None):
             gates[row, e] = score[e] - (tau[row] if config.adaptive_threshold else 0)
         if config.norm_topk_prob and gates[row].sum() > 0:
             gates[row] /= gates[row].sum()
-    return gates * config.routed_scaling_factor
+    return gates
 
 
 def thresholds(config, rng, rows):
@@ -74,7 +74,7 @@ def gates_of(config, logits, tau=None):
     gating = Gating.of(config, config.for_module("m"))
     if tau is not None:
         tau = jnp.asarray(tau, jnp.float32)[:, None] if config.adaptive_threshold else config.threshold
-    return compute_gates(jnp.asarray(logits, jnp.float32), gating, tau)
+    return route(jnp.asarray(logits, jnp.float32), gating, tau).gates
 
 
 def away_from_edges(config, logits, tau):
@@ -144,8 +144,8 @@ def test_leading_axes_do_not_matter(config, rng):
     gating = Gating.of(config, config.for_module("m"))
     if tau is not None:
         tau = jnp.asarray(tau, jnp.float32).reshape(2, 3, 1) if config.adaptive_threshold else config.threshold
-    stacked = compute_gates(jnp.asarray(logits).reshape(2, 3, EXPERTS), gating, tau)
-    np.testing.assert_array_equal(stacked.reshape(6, EXPERTS), flat)
+    stacked = route(jnp.asarray(logits).reshape(2, 3, EXPERTS), gating, tau)
+    np.testing.assert_array_equal(stacked.gates.reshape(6, EXPERTS), flat)
 
 
 # --- ties -----------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_extreme_logits_give_finite_gates_and_gradients(config):
     if config.norm_topk_prob and config.scoring_func != "sigmoid":
         total = gates.sum(axis=-1)
         at_least_one_kept = gates.any(axis=-1)
-        np.testing.assert_allclose(total[at_least_one_kept], config.routed_scaling_factor, rtol=1e-6)
+        np.testing.assert_allclose(total[at_least_one_kept], 1, rtol=1e-6)
         assert at_least_one_kept.all() or config.threshold is not None
 
 

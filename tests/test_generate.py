@@ -247,17 +247,20 @@ def test_top_k_and_top_p_keep_the_tokens_that_transformers_keeps():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(temperature=1.0), "pass key=jax.random.key"),
-        (dict(temperature=-1.0), "temperature must be 0"),
-        (dict(temperature=float("nan")), "temperature must be 0"),
-        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
-        (dict(top_k=0), "top_k must be at least 1"),
-        (dict(top_p=0.0), "top_p must be above 0"),
-        (dict(top_p=1.5), "top_p must be above 0 and at most 1"),
-        (dict(input_ids=np.ones(3, int)), r"input_ids must be \[batch, seq\]"),
-        (dict(input_ids=np.ones((2, 0), int)), r"seq >= 1, got shape \(2, 0\)"),
-        (dict(attention_mask=np.ones((3, 2))), r"attention_mask has shape \(3, 2\), input_ids has \(3, 9\)"),
-        (dict(attention_mask=np.eye(3, LENGTH) * [[1], [0], [1]]), r"rows \[1\] have no real token"),
+        (dict(temperature=1.0), "key: found None, expected jax.random.key"),
+        (dict(temperature=-1.0), "temperature: found -1.0, expected 0"),
+        (dict(temperature=float("nan")), "temperature: found nan, expected 0"),
+        (dict(max_new_tokens=0), "max_new_tokens: found 0, expected at least 1"),
+        (dict(top_k=0), "top_k: found 0, expected at least 1"),
+        (dict(top_p=0.0), "top_p: found 0.0, expected above 0"),
+        (dict(top_p=1.5), "top_p: found 1.5, expected above 0 and at most 1"),
+        (dict(input_ids=np.ones(3, int)), r"input_ids: found shape \(3,\), expected \[batch, seq\]"),
+        (dict(input_ids=np.ones((2, 0), int)), r"found shape \(2, 0\), expected .* seq at least 1"),
+        (dict(attention_mask=np.ones((3, 2))), r"attention_mask: found shape \(3, 2\), expected .* \(3, 9\)"),
+        (
+            dict(attention_mask=np.eye(3, LENGTH) * [[1], [0], [1]]),
+            r"found no real token in rows \[1\]",
+        ),
     ],
 )
 def test_meaningless_arguments_are_refused(change, message, pair):

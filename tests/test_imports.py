@@ -21,8 +21,8 @@ READS_PICKLES = "torch_files.py"
 RUN_BY_A_SUBPROCESS = "moe_lora_jax.demo.peft_check"  # a script that is read and run elsewhere, never imported
 
 # Every room, from the foundation up: a room imports only from rooms before it.
-INTEROP = ["errors", "progress", "progress_bar", "disk", "config", "rules", "dialects", "checkpoint", "export"]
-INTEROP += ["peft_tuner", "cli", "peft_run"]
+INTEROP = ["errors", "memory", "progress", "progress_bar", "disk", "config", "rules", "dialects", "checkpoint"]
+INTEROP += ["export", "peft_tuner", "cli", "peft_run"]
 JAX_ROOMS = ["processes", "sharding", "layers", "tree", "models", "adapters", "train", "measure", "report", "demo"]
 JAX_ROOMS += ["cli"]
 ORDER = [f"moe_lora_interop.{r}" for r in INTEROP] + ["moe_lora_interop"]

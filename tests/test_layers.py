@@ -52,7 +52,7 @@ def softmax(z):
 
 
 def expected_gates(layer, config, x):
-    """Gates of one token."""
+    """Gates of one token, before routed_scaling_factor."""
     if layer.router is None:
         return np.ones(1)
     z = x @ as64(layer.router.kernel)
@@ -74,7 +74,7 @@ def expected_gates(layer, config, x):
     gates = np.where(keep, p - minus, 0.0)
     if config.norm_topk_prob and gates.sum() > 0:
         gates = gates / gates.sum()
-    return gates * config.routed_scaling_factor
+    return gates
 
 
 def expected_delta(layer, config, x):
@@ -87,7 +87,7 @@ def expected_delta(layer, config, x):
             rank, alpha = sizes.ranks[e], sizes.alphas[e]
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             a_e, b_e = a[0 if config.shared_lora_A else e, :rank], b[e, :rank].T
-            total += gates[e] * scaling * (b_e @ (a_e @ token))
+            total += config.routed_scaling_factor * gates[e] * scaling * (b_e @ (a_e @ token))
         out.append(total)
     return np.array(out)
 
@@ -410,7 +410,7 @@ def test_jitter_moves_the_routers_input_only_and_by_no_more_than_its_bound():
 # --- router outputs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dense", "top_2", "temperature_and_bias"])
+@pytest.mark.parametrize("kind", ["dense", "top_2", "sigmoid", "temperature_and_bias"])
 @pytest.mark.parametrize("base_dtype", [jnp.float32, jnp.bfloat16])
 def test_captured_router_outputs_are_the_logits_and_gates(kind, base_dtype):
     layer, config = make_layer(base_dtype=base_dtype, **KINDS[kind])

@@ -15,7 +15,8 @@ from tiny_training import compiled_once, small_dirs  # noqa: F401
 import moe_lora_interop
 from moe_lora_interop.cli import inspect_verify as verbs
 from moe_lora_interop.cli import main as cli
-from moe_lora_interop.errors import OutOfMemoryError, explained, is_out_of_memory
+from moe_lora_interop.errors import OutOfMemoryError
+from moe_lora_interop.memory import explained, is_out_of_memory
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from tests.adapters import make_adapter
 

@@ -110,7 +110,7 @@ def test_a_mesh_that_does_not_fit_is_refused_in_words():
         mlj.make_mesh({"batch": 1})
     mesh = jax.sharding.AbstractMesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
     rules = ((r"a\.kernel", PartitionSpec(None, "tensor")), (r"a\.bias", PartitionSpec("fsdp", "tensor")), *RULES)
-    with pytest.raises(ConfigError, match=r"a.bias: shape \(3,\) has fewer axes than its rule"):
+    with pytest.raises(ConfigError, match=r"a.bias: found shape \(3,\), expected as many axes as in its rule"):
         shardings({"a.kernel": (2, 3), "a.bias": (3,)}, mesh, rules)
 
 
@@ -121,7 +121,7 @@ def test_axes_that_do_not_divide_are_all_named():
     with pytest.raises(ConfigError) as error:
         shardings(shapes, mesh, RULES)
     assert [p.split(" ")[0] for p in error.value.problems] == ["model.embed_tokens.embedding:"] * 2 + ["x.q_proj.bias:"]
-    assert "63 is no multiple of tensor = 4" in str(error.value)
+    assert "expected a multiple of tensor = 4" in str(error.value)
     fine = shardings({"x.q_proj.kernel": (32, 16), "x.norm.weight": (5,)}, mesh, RULES)
     assert [sharding.spec for sharding in fine.values()] == [PartitionSpec("fsdp", "tensor"), PartitionSpec()]
 

@@ -166,18 +166,18 @@ def test_cache_in_pieces_equals_one_pass(case, side, saved):
 def test_a_full_cache_is_refused(saved):
     cache = KVCache.empty(load_base_model(saved("llama")[1]).config, 1, 8)
     cache = cache.reserve(np.ones((1, 6), bool), np.arange(6, dtype=np.int32)[None])
-    with pytest.raises(ValueError, match="8 slots, 6 used: 3 more tokens do not fit"):
+    with pytest.raises(ValueError, match="found 2 free slots of 8, expected 3"):
         cache.reserve(np.ones((1, 3), bool), np.zeros((1, 3), np.int32))
-    with pytest.raises(ValueError, match="8 slots, 0 used: 9 more"):  # under jit only the shapes are known
+    with pytest.raises(ValueError, match="found 8 free slots of 8, expected 9"):  # under jit only the shapes are known
         jax.jit(KVCache.reserve)(cache, np.ones((1, 9), bool), np.zeros((1, 9), np.int32))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(input_ids=np.ones(3, int)), r"input_ids must be \[batch, seq\], got shape \(3,\)"),
-        (dict(input_ids=np.ones((1, 3), int), attention_mask=np.ones((1, 2))), r"attention_mask has shape \(1, 2\)"),
-        (dict(input_ids=np.ones((1, 3), int), positions=np.ones((1, 2), int)), r"positions has shape \(1, 2\)"),
+        (dict(input_ids=np.ones(3, int)), r"input_ids: found shape \(3,\), expected \[batch, seq\]"),
+        (dict(input_ids=np.ones((1, 3), int), attention_mask=np.ones((1, 2))), r"attention_mask: found shape \(1, 2\)"),
+        (dict(input_ids=np.ones((1, 3), int), positions=np.ones((1, 2), int)), r"positions: found shape \(1, 2\)"),
     ],
 )
 def test_wrong_shapes_are_refused(arguments, message, saved):

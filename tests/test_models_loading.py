@@ -52,7 +52,7 @@ def test_stored_dtype_is_kept_and_others_are_cast(saved, tmp_path):
     np.testing.assert_array_equal(wide.model.layers[1].mlp.down_proj.kernel[...].T, raw.astype(np.float32))
     half = load_base_model(saved("llama")[1], dtype="float16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(half))} == {"float16"}
-    with pytest.raises(ValueError, match="dtype must be one of .* got 'int8'"):
+    with pytest.raises(ValueError, match="dtype: found 'int8', expected None or one of float32"):
         load_base_model(tmp_path, dtype="int8")
 
 
@@ -61,7 +61,7 @@ def test_mixed_dtypes_follow_the_config_or_are_asked_for(copy_of):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(ml_dtypes.bfloat16)
     assert load_base_model(write()).config.dtype == "float32"
     del config["dtype"]
-    with pytest.raises(CheckpointError, match="tensors are BF16, F32: pass dtype="):
+    with pytest.raises(CheckpointError, match="tensors: found BF16, F32, expected one dtype"):
         load_base_model(write())
     assert load_base_model(write(), dtype="bfloat16").config.dtype == "bfloat16"
 
@@ -102,7 +102,7 @@ def test_inert_buffers_and_an_equal_tied_head_are_tolerated(copy_of):
     model = load_base_model(write())
     assert not hasattr(model, "lm_head") and model.config.dtype == "float32"
     tensors["lm_head.weight"][3, 3] += 1
-    with pytest.raises(CheckpointError, match="lm_head.weight: differs from model.embed_tokens.weight"):
+    with pytest.raises(CheckpointError, match="lm_head.weight: found other values, expected those of model.embed"):
         load_base_model(write())
 
 
@@ -116,10 +116,10 @@ def test_all_wrong_tensors_are_in_one_error(copy_of):
     with pytest.raises(CheckpointError) as caught:
         load_base_model(write())
     assert sorted(caught.value.problems) == [
-        "model.layers.0.self_attn.q_proj.bias: unexpected, shape (32,)",
-        "model.layers.0.self_attn.q_proj.weight: shape (32, 16), expected (32, 32)",
-        "model.layers.1.mlp.up_proj.weight: stored as I8, supported are F32, BF16, F16",
-        "model.layers.2.input_layernorm.weight: unexpected, shape (32,)",
+        "model.layers.0.self_attn.q_proj.bias: unexpected tensor of shape (32,)",
+        "model.layers.0.self_attn.q_proj.weight: found shape (32, 16), expected (32, 32)",
+        "model.layers.1.mlp.up_proj.weight: found I8, expected one of F32, BF16, F16",
+        "model.layers.2.input_layernorm.weight: unexpected tensor of shape (32,)",
         "model.norm.weight: missing, expected shape (32,)",
     ]
 
@@ -133,7 +133,7 @@ def test_an_untied_model_without_its_head_is_refused(copy_of):
 
 def test_unreadable_directories_say_what_is_wrong(copy_of, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(CheckpointError, match="nowhere:\n  - not a directory"):
+    with pytest.raises(CheckpointError, match="nowhere:\n  - found no directory, expected a local one"):
         load_base_model(empty / "nowhere")
     with pytest.raises(CheckpointError, match="config.json"):
         load_base_model(empty)

@@ -127,10 +127,10 @@ def test_a_scan_holds_the_layer_once(saved):
 def test_what_cannot_be_scanned_is_refused(saved):
     ids = np.ones((1, 4), int)
     uneven = load(saved, "llama", dict(target_modules=["model.layers.1.self_attn.q_proj"]), scan_layers=True)
-    with pytest.raises(ValueError, match="scan_layers: layer 1 is not like layer 0"):
+    with pytest.raises(ValueError, match="scan_layers: found layer 1 unlike layer 0"):
         uneven(ids)
     ranks = load(saved, "llama", dict(rank_pattern={r".*layers\.1\..*": 4}), scan_layers=True)
-    with pytest.raises(ValueError, match="scan_layers: layer 1 is not like layer 0"):
+    with pytest.raises(ValueError, match="scan_layers: found layer 1 unlike layer 0"):
         ranks(ids)
-    with pytest.raises(ValueError, match="remat must be True, False or one of .*'dots_saveable'.* got 'everything'"):
+    with pytest.raises(ValueError, match="remat: found 'everything', expected True, False or one of dots_saveable"):
         load_base_model(saved("llama")[1], remat="everything")

@@ -27,7 +27,7 @@ def after_forward(name: str, **fields) -> peft.PeftModel:
     return model
 
 
-def recorded(model) -> list[tuner.Routing]:
+def recorded(model) -> list[tuner.RouterOutput]:
     layers = [m for m in model.modules() if isinstance(m, MoeLoraLayer)]
     return [m.moe_lora_routing["default"] for m in layers if m.moe_lora_routing]
 

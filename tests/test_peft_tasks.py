@@ -87,12 +87,12 @@ def test_an_argument_task_ids_is_not_silently_dropped(name):
     [
         ([0, 4], "task_ids: found 4, expected ids from 0 to 3"),
         ([[0, -1], [7, 1]], "task_ids: found -1, 7, expected ids from 0 to 3"),
-        ([0, 1, 2], "task_ids has 3 rows, the batch has 2: expected one for each sample"),
-        ([1] * 14, "task_ids has 14 rows, the batch has 2"),
-        ([0.0, 1.0], r"task_ids must be integers \[batch\] or \[batch, n\], got torch.float32 \[2\]"),
-        ([True, False], r"got torch.bool \[2\]"),
-        (1, r"got torch.int64 \[\]"),
-        ([[[1]]], r"got torch.int64 \[1, 1, 1\]"),
+        ([0, 1, 2], "task_ids: found 3 for a batch of 2, expected one for each sample"),
+        ([1] * 14, "task_ids: found 14 for a batch of 2"),
+        ([0.0, 1.0], r"task_ids: found float32 \[2\], expected integers \[batch\] or \[batch, n\]"),
+        ([True, False], r"found bool \[2\]"),
+        (1, r"found int64 \[\]"),
+        ([[[1]]], r"found int64 \[1, 1, 1\]"),
     ],
 )
 def test_wrong_ids(name, ids, message):

@@ -14,7 +14,7 @@ def test_statistics_equal_numpy_and_leave_padding_out():
     gates = np.random.default_rng(0).random((2, 4, 3)).astype(np.float32)
     gates[0, 0] = [0, 0, 2]  # weights need not sum to 1
     gates[0, 1] = 0  # nor be there at all
-    router = {"m": RouterOutput(jnp.zeros(gates.shape), jnp.asarray(gates))}
+    router = {"m": RouterOutput(*[jnp.asarray(gates)] * 4)}
     health = module_health(router_sums(router, jnp.asarray(MASK)))["m"]
     total = gates.sum(-1, keepdims=True)
     share = np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)[MASK > 0]
@@ -26,7 +26,7 @@ def test_statistics_equal_numpy_and_leave_padding_out():
 
 def test_sums_add_up_over_batches():
     rng = np.random.default_rng(1)
-    router = {"m": RouterOutput(jnp.zeros((2, 4, 3)), jnp.asarray(rng.random((2, 4, 3)), jnp.float32))}
+    router = {"m": RouterOutput(*[jnp.asarray(rng.random((2, 4, 3)), jnp.float32)] * 4)}
     whole = router_sums(router, jnp.asarray(MASK))["m"]
     rows = [
         router_sums({"m": RouterOutput(*(x[i : i + 1] for x in router["m"]))}, jnp.asarray(MASK[i : i + 1]))["m"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_lora_jax import MoeLoraConfig, RouterOutput
-from moe_lora_jax.layers.gating import Gating, compute_gates
+from moe_lora_jax.layers.gating import Gating, route
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 
 BATCH, SEQ, EXPERTS = 3, 7, 5
@@ -17,13 +17,13 @@ def config_of(**fields) -> MoeLoraConfig:
     return MoeLoraConfig(**{"num_experts": EXPERTS, "target_modules": ["m0", "m1"], **fields})
 
 
+def decided(config: MoeLoraConfig, logits: np.ndarray, module: str = "m0") -> RouterOutput:
+    return route(jnp.asarray(logits, jnp.float32), Gating.of(config, config.for_module(module)), config.threshold)
+
+
 def router_of(config: MoeLoraConfig, modules: int = 2, seed: int = 1) -> dict[str, RouterOutput]:
-    gating = Gating.of(config, config.for_module("m0"))
-    outputs = {}
-    for i in range(modules):
-        logits = jnp.asarray(np.random.default_rng(seed + i).normal(size=(BATCH, SEQ, EXPERTS)) * 2, jnp.float32)
-        outputs[f"m{i}"] = RouterOutput(logits, compute_gates(logits, gating, config.threshold))
-    return outputs
+    logits = [2 * np.random.default_rng(seed + i).normal(size=(BATCH, SEQ, EXPERTS)) for i in range(modules)]
+    return {f"m{i}": decided(config, z, f"m{i}") for i, z in enumerate(logits)}
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -101,8 +101,8 @@ def test_load_balancing_equals_numpy(fields):
     config = config_of(**fields)
     router = router_of(config)
     real, losses = MASK.astype(bool), []
-    for logits, gates in router.values():
-        z, g = np.asarray(logits, np.float64)[real], np.asarray(gates, np.float64)[real]
+    for out in router.values():
+        z, g = np.asarray(out.logits, np.float64)[real], np.asarray(out.gates, np.float64)[real]
         scores = {"softmax": lambda z: softmax(z), "abs_softmax": lambda z: softmax(np.abs(z))}.get(
             config.scoring_func, lambda z: 1 / (1 + np.exp(-z))
         )(z)
@@ -127,7 +127,7 @@ def test_load_balancing_takes_each_modules_own_top_k():
 def test_equal_use_gives_the_smallest_loss_which_is_top_k():
     config = config_of(top_k=2)
     logits = jnp.asarray([[np.roll([2.0, 1.0, 0, 0, 0], i) for i in range(EXPERTS)]], jnp.float32)
-    balanced = load_balancing_loss({"m0": RouterOutput(logits, logits)}, config)
+    balanced = load_balancing_loss({"m0": decided(config, logits)}, config)
     np.testing.assert_allclose(balanced, 2.0, rtol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_padding_tokens_change_nothing():
     config = config_of(top_k=2, router_z_loss_coef=1.0)
     router = router_of(config, modules=1)
     noise = jnp.where(jnp.asarray(MASK)[..., None] > 0, router["m0"].logits, 100.0)
-    disturbed = {"m0": RouterOutput(noise, router["m0"].gates)}
+    disturbed = {"m0": decided(config, noise)}
     mask = jnp.asarray(MASK)
     assert load_balancing_loss(router, config, mask) == load_balancing_loss(disturbed, config, mask)
     assert router_z_loss(router, mask) == router_z_loss(disturbed, mask)
@@ -150,7 +150,7 @@ def test_gradient_of_top_k_balancing_equals_finite_differences():
         chosen = np.argsort(-p, axis=-1, kind="stable")[:, :2]
         return EXPERTS * np.sum(np.bincount(chosen.ravel(), minlength=EXPERTS) / len(p) * p.mean(0))
 
-    found = jax.grad(lambda z: load_balancing_loss({"m0": RouterOutput(z, z)}, config, jnp.asarray(MASK)))(
+    found = jax.grad(lambda z: load_balancing_loss({"m0": decided(config, z)}, config, jnp.asarray(MASK)))(
         jnp.asarray(logits, jnp.float32)
     )
     for index in [(0, 1, 2), (1, 6, 0), (2, 4, 4), (0, 5, 1)]:
@@ -163,8 +163,9 @@ def test_dense_balancing_has_a_gradient_through_the_gates():
     config = config_of()
 
     def loss(z, through_gates):
-        gates = jax.nn.softmax(z) if through_gates else jax.lax.stop_gradient(jax.nn.softmax(z))
-        return load_balancing_loss({"m0": RouterOutput(z, gates)}, config)
+        out = decided(config, z)
+        gates = out.gates if through_gates else jax.lax.stop_gradient(out.gates)
+        return load_balancing_loss({"m0": out._replace(gates=gates)}, config)
 
     z = router_of(config, modules=1)["m0"].logits
     both, only_p = (jax.grad(loss)(z, flag) for flag in (True, False))
@@ -173,7 +174,8 @@ def test_dense_balancing_has_a_gradient_through_the_gates():
 
 def test_z_loss_equals_numpy():
     router = router_of(config_of(top_k=2))
-    terms = [np.mean(np.log(np.exp(np.asarray(z, np.float64)[MASK > 0]).sum(-1)) ** 2) for z, _ in router.values()]
+    logits = [np.asarray(out.logits, np.float64)[MASK > 0] for out in router.values()]
+    terms = [np.mean(np.log(np.exp(z).sum(-1)) ** 2) for z in logits]
     np.testing.assert_allclose(router_z_loss(router, jnp.asarray(MASK)), np.mean(terms), rtol=1e-6)
 
 
@@ -204,8 +206,8 @@ def test_the_pooled_loss_is_transformers_over_several_layers():
 
     logits = rng.normal(size=(3, 2, 5, 4)).astype(np.float32)
     mask = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
-    router = {f"m{i}": RouterOutput(jnp.asarray(z), jax.nn.softmax(z)) for i, z in enumerate(logits)}
     config = MoeLoraConfig(num_experts=4, top_k=2, router_aux_loss="mixtral")
+    router = {f"m{i}": decided(config, z) for i, z in enumerate(logits)}
     expected = load_balancing_loss_func(tuple(torch.tensor(z.reshape(-1, 4)) for z in logits), 4, 2, torch.tensor(mask))
     np.testing.assert_allclose(load_balancing_loss(router, config, jnp.asarray(mask)), float(expected), rtol=1e-5)
 
@@ -223,13 +225,13 @@ def test_the_localized_loss_is_loramoes_formula(masked):
                 agrees = (kind == 1 and expert < 2) or (kind == 0 and expert >= 2)
                 weighted.append((1 + delta if agrees else 1 - delta) * (sample[:, expert] * real).sum())
         expected.append(np.var(weighted, ddof=1) / (np.mean(weighted) ** 2 + 1e-10))
-    router = {f"m{i}": RouterOutput(jnp.zeros(g.shape), jnp.asarray(g)) for i, g in enumerate(gates)}
+    router = {f"m{i}": RouterOutput(*[jnp.asarray(g)] * 4) for i, g in enumerate(gates)}
     config = MoeLoraConfig(num_experts=4, router_aux_loss="localized", router_aux_loss_delta=delta)
     found = load_balancing_loss(router, config, jnp.asarray(mask), task_types=jnp.asarray(types))
     np.testing.assert_allclose(found, np.mean(expected), rtol=1e-5)
 
 
 def test_the_localized_loss_needs_types():
-    router = {"m": RouterOutput(jnp.zeros((1, 2, 2)), jnp.ones((1, 2, 2)) / 2)}
+    router = {"m": RouterOutput(*[jnp.ones((1, 2, 2)) / 2] * 4)}
     with pytest.raises(ValueError, match="needs task_types"):
         load_balancing_loss(router, MoeLoraConfig(num_experts=2, router_aux_loss="localized"))

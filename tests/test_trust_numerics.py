@@ -20,11 +20,10 @@ import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
 from moe_lora_interop import ConfigError
 from moe_lora_interop.export.task_gates import compute_gates
-from moe_lora_interop.peft_tuner.gating import Routing, route
+from moe_lora_interop.peft_tuner.gating import route as torch_route
 from moe_lora_interop.peft_tuner.losses import z_loss as torch_z_loss
-from moe_lora_jax.layers.gating import Gating
-from moe_lora_jax.layers.gating import compute_gates as jax_gates
-from moe_lora_jax.layers.router import RouterOutput, RouterRecord
+from moe_lora_jax.layers.gating import Gating, RouterOutput, route
+from moe_lora_jax.layers.router import RouterRecord
 from moe_lora_jax.train.losses import load_balancing_loss, router_z_loss
 
 E, IN, OUT = 4, 6, 5
@@ -59,8 +58,8 @@ def test_extreme_logits_in_both_frameworks(rule, tally):
     for z in LOGITS.values():
         z = np.asarray([z], np.float32)
         expected = compute_gates(z.astype(np.float64), config, config.top_k)
-        found = jax_gates(jnp.asarray(z), Gating.of(config, sizes), config.threshold)
-        torch_found = route(torch.from_numpy(z), config, config.top_k, config.threshold).gates
+        found = route(jnp.asarray(z), Gating.of(config, sizes), config.threshold).gates
+        torch_found = torch_route(torch.from_numpy(z), config, config.top_k, config.threshold).gates
         for gates in (np.asarray(found), torch_found.numpy()):
             np.testing.assert_allclose(gates, expected, atol=1e-6)
     tally("numerics", tried=2 * len(LOGITS), lost=0)
@@ -73,9 +72,9 @@ def test_gradients_of_extreme_finite_logits_are_finite(rule, tally):
     finite = [z for z in LOGITS.values() if np.isfinite(z).all()]
     for z in finite:
         weights = jnp.arange(1.0, 5.0)
-        gradient = jax.grad(lambda x, w=weights: (jax_gates(x, gating, config.threshold) * w).sum())(jnp.asarray([z]))
+        gradient = jax.grad(lambda x, w=weights: (route(x, gating, config.threshold).gates * w).sum())(jnp.asarray([z]))
         x = torch.tensor([z], requires_grad=True)
-        (route(x, config, config.top_k, config.threshold).gates * torch.arange(1.0, 5.0)).sum().backward()
+        (torch_route(x, config, config.top_k, config.threshold).gates * torch.arange(1.0, 5.0)).sum().backward()
         assert np.isfinite(gradient).all() and x.grad.isfinite().all()
         np.testing.assert_allclose(gradient, x.grad.numpy(), atol=1e-5)
     tally("numerics", tried=2 * len(finite), lost=0)
@@ -181,7 +180,7 @@ def test_an_empty_batch_has_zero_gradients(tmp_path, tally):
             assert not parameter.grad.any(), name
     assert loss.item() == 0
     config, z = config_of(top_k=2, router_aux_loss_coef=0.1), jnp.zeros((0, 3, E))
-    output = {"proj": RouterOutput(z, z)}
+    output = {"proj": route(z, Gating.of(config, config.for_module("proj")))}
     assert load_balancing_loss(output, config) == 0 and router_z_loss(output) == 0
     tally("numerics", tried=4, lost=0)
 
@@ -196,7 +195,7 @@ def test_all_tokens_to_one_expert(tmp_path, tally):
     z = np.full((2, 3, E), -50.0, np.float32)
     z[..., 1] = 50.0
     config = config_of(top_k=1, norm_topk_prob=False, router_aux_loss_coef=1.0)
-    output = RouterOutput(jnp.asarray(z), jnp.asarray(compute_gates(z, config, 1)))
+    output = route(jnp.asarray(z), Gating.of(config, config.for_module("proj")))
     assert load_balancing_loss({"proj": output}, config) == pytest.approx(E)
     tally("numerics", tried=3, lost=0)
 
@@ -230,9 +229,9 @@ def test_z_loss_of_large_logits(size, tally):
     """logsumexp does not overflow; its square is infinite in float32 only beyond 1.8e19, where it says so."""
     z = np.full((1, 2, E), size, np.float32)
     expected = np.float64(np.float32(size) + np.log(E)) ** 2
-    output = RouterOutput(jnp.asarray(z), jnp.asarray(z))
+    output = RouterOutput(*[jnp.asarray(z)] * 4)
     found = float(router_z_loss({"proj": output}))
-    routing = Routing(*[torch.from_numpy(z[0])] * 4)
+    routing = tuner.RouterOutput(*[torch.from_numpy(z[0])] * 4)
     torch_found = float(torch_z_loss(routing, None))
     for value in (found, torch_found):
         assert value == (pytest.approx(expected, rel=1e-5) if expected < 3.4e38 else np.inf)
@@ -242,11 +241,11 @@ def test_z_loss_of_large_logits(size, tally):
 def test_losses_of_padding_alone_are_zero(tally):
     config = config_of(top_k=2)
     z = jnp.asarray(np.random.default_rng(6).standard_normal((2, 3, E)), jnp.float32)
-    output = RouterOutput(z, jax_gates(z, Gating.of(config, config.for_module("proj"))))
+    gating = Gating.of(config, config.for_module("proj"))
     mask = jnp.zeros((2, 3), jnp.int32)
     for loss in (
-        lambda z: router_z_loss({"proj": RouterOutput(z, output.gates)}, mask),
-        lambda z: load_balancing_loss({"proj": RouterOutput(z, output.gates)}, config, mask),
+        lambda z: router_z_loss({"proj": route(z, gating)}, mask),
+        lambda z: load_balancing_loss({"proj": route(z, gating)}, config, mask),
     ):
         value, gradient = jax.value_and_grad(loss)(z)
         assert value == 0 and not np.asarray(gradient).any()
@@ -302,14 +301,14 @@ IN_FLOAT64 = """
 import json, sys, jax, numpy as np
 import jax.numpy as jnp
 from moe_lora_interop import MoeLoraConfig
-from moe_lora_jax.layers.gating import Gating, compute_gates
+from moe_lora_jax.layers.gating import Gating, route
 config = MoeLoraConfig(r=2, num_experts=4, **json.loads(sys.argv[1]))
 gating = Gating.of(config, config.for_module("x"))
 rng = np.random.default_rng(9)
 x, r = rng.standard_normal((3, 6)), rng.standard_normal((6, 4))
 a, b = rng.standard_normal((4, 2, 6)), rng.standard_normal((4, 5, 2))
 def delta(x, r, a, b):
-    gates = compute_gates(x @ r, gating, config.threshold)
+    gates = route(x @ r, gating, config.threshold).gates
     return (jnp.einsum("te,eor,eri,ti->to", gates, b, a, x) ** 2).sum()
 arguments = (x, r, a, b)
 assert jax.jit(delta)(*arguments).dtype == jnp.float64

@@ -1,14 +1,14 @@
 """`python -m benchmarks.effect BASE` (`make effect`): runs what is missing, one row per run, until all are there.
 
+Then it writes the tables and the picture of RESULTS.md, if the rows are those of this directory.
+
 BASE           directory of the base model (`python tools/smollm2.py BASE`)
 --rows FILE    where the rows are and go; a run that is there is not repeated
---minutes N    begins no run after that time
+--minutes N    starts no run after that time
 --steps, --batch   a larger budget, for a faster machine; rows of another budget do not mix
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,18 +20,15 @@ from benchmarks.effect.data import Data, build
 from benchmarks.effect.general import general_texts, windows
 from benchmarks.effect.methods import METHODS
 from benchmarks.effect.plan import next_run
+from benchmarks.effect.plot import write_picture
+from benchmarks.effect.rows import ROWS, append_row, read_rows
 from benchmarks.effect.run import General, provenance, run, scored
 from benchmarks.effect.session import Session, Settings
+from benchmarks.effect.table import write_tables
 from benchmarks.effect.tasks import TASKS
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax import load_base_model
 from moe_lora_jax.train.tokenizer import load_tokenizer
-
-ROWS = Path(__file__).parent / "rows.jsonl"
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def check(rows: list[dict[str, Any]], wanted: dict[str, Any]) -> None:
@@ -62,7 +59,7 @@ def complete(
     settings: Settings,
     end: float,
 ) -> bool:
-    """Appends the rows that are missing; False if the time was over before."""
+    """Appends the rows that are missing; False if the time ended before."""
     rows = read_rows(file)
     fixed = {**settings._asdict(), **provenance(data, general)}
     check(rows, fixed)
@@ -84,10 +81,7 @@ def complete(
             assert session is not None
             row = run(session, data, general, chosen)
         rows.append(row)
-        with file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        append_row(file, row)
         shown = ("method", "learning_rate", "seed", "validation_loss", "validation_accuracy", "seconds")
         print(*(f"{k} {row.get(k)}" for k in shown), sep=", ", flush=True)
     return next_run(rows, methods) is None
@@ -109,7 +103,10 @@ def main(arguments: list[str]) -> None:
     print("longer than the limit:", data.left_out, "digest", data.digest, flush=True)
     settings = Settings(steps=options.steps, batch=options.batch)
     if not complete(options.base, options.rows, data, general, METHODS, settings, end):
-        print("not complete: the same command goes on")
+        print("not complete: the same command continues")
+    elif options.rows == ROWS:
+        write_tables(read_rows(ROWS))
+        write_picture(read_rows(ROWS))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import numpy as np
 from benchmarks.effect.bootstrap import interval, mean, test_values
 from benchmarks.effect.table import finished
 
+PICTURE = Path(__file__).parent / "results.png"
 
-def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+
+def write_picture(rows: Sequence[Mapping[str, Any]], file: Path = PICTURE) -> None:
     """Writes a PNG. Left: test accuracy and 95 % intervals. Right: the change of loss on general text against it."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt

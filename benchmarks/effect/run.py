@@ -48,7 +48,7 @@ def provenance(data: Data, general: General) -> dict[str, str]:
 def scored(session: Session, data: Data, general: General) -> tuple[dict[str, Any], dict[str, Scores]]:
     """A row's fields, losses in nats, and the scores on the test examples.
 
-    The field `test` holds every example's loss, so that intervals can be computed without running again.
+    The field `test` holds every example's loss and whether it is right ("0" or "1"): the intervals resample examples.
     """
     state = session.state
     validation = {task: session.score(state, examples, LENGTH) for task, examples in data.validation.items()}
@@ -57,7 +57,7 @@ def scored(session: Session, data: Data, general: General) -> tuple[dict[str, An
         "validation_loss": round(mean({task: s.loss for task, s in validation.items()}), 5),
         "validation_accuracy": round(mean({task: s.correct for task, s in validation.items()}), 4),
         "test": {
-            task: {"loss": s.loss.round(3).tolist(), "correct": "".join("01"[int(c)] for c in s.correct)}
+            task: {"loss": [round(float(x), 3) for x in s.loss], "correct": "".join("01"[int(c)] for c in s.correct)}
             for task, s in test.items()
         },
         "general_loss": {
@@ -86,6 +86,5 @@ def routing(session: Session, data: Data, test: dict[str, Scores], *, with_knock
 
         matrix = knockout_matrix(shares, loss, len(tasks))
         own, others, p = own_and_others(matrix)
-        row["knockout"] = {"matrix": matrix.round(4).tolist(), "own": own, "others": others, "p": p}
-        row["shares"] = {router: share.round(3).tolist() for router, share in shares.items()}
+        row["knockout"] = {"own": own, "others": others, "p": p}
     return row

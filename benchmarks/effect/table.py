@@ -1,6 +1,5 @@
 """The tables of RESULTS.md, from the rows: `python -m benchmarks.effect.table` writes them between its two marks."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from benchmarks.effect.bootstrap import interval, mean, test_values
 from benchmarks.effect.methods import METHODS
 from benchmarks.effect.plan import RATES, SEEDS, final_rows
+from benchmarks.effect.rows import ROWS, read_rows
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 MARKS = ("<!-- from here on: benchmarks/effect/table.py -->", "<!-- to here -->")
@@ -120,15 +120,11 @@ def replaced(text: str, new: str) -> str:
     return f"{before}{MARKS[0]}\n\n{new}\n\n{MARKS[1]}{after}"
 
 
-def main() -> None:
-    from benchmarks.effect.__main__ import ROWS, read_rows
-    from benchmarks.effect.plot import plot
-
-    rows = read_rows(Path(sys.argv[1]) if len(sys.argv) > 1 else ROWS)
+def write_tables(rows: Rows) -> None:
+    """Puts the tables of these rows into RESULTS.md."""
     RESULTS.write_text(replaced(RESULTS.read_text(), tables(rows)))
-    plot(rows, RESULTS.with_name("results.png"))
     print(f"{RESULTS}: {len(rows)} rows")
 
 
 if __name__ == "__main__":
-    main()
+    write_tables(read_rows(ROWS))

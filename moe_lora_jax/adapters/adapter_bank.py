@@ -32,8 +32,8 @@ Source = str | os.PathLike[str] | Adapter
 class AdapterBank:
     """Puts adapters on a base model, in place, and chooses one for every row of its batches.
 
-    The adapters' values, and which row has which, are variables of the model: `select` and `replace` change no shape
-    and nothing static, so a compiled program stays valid. Adapters with equal configs are stacked; each further config
+    The adapters' values and the choice of rows are variables of the model: `select` and `replace` change no shape and
+    nothing static, so a compiled program stays valid. Adapters with equal configs are stacked; each further config
     costs the work of one more adapter. All trainable variables are `MoeLoraParam`s with a leading adapter axis, and a
     row's gradient reaches its own adapter only. What routers decide is not collected: no balancing losses.
 
@@ -48,8 +48,8 @@ class AdapterBank:
         spec: names and layer classes of a model that `load_base_model` did not make.
 
     Raises:
-        CheckpointError: an adapter that is for another base, has routers beside the layers, or needs task ids; or the
-            model has an adapter already, and then is left as it was.
+        CheckpointError: an adapter is for another base, has routers beside the layers, or needs task ids; or the model
+            already has an adapter, which stays.
     """
 
     def __init__(self, model: nnx.Module, adapters: Mapping[str, Source], *, spec: ModelSpec | None = None):
@@ -81,7 +81,7 @@ class AdapterBank:
         """
         unknown = sorted(set(names) - {*self.names, BASE})
         if unknown:
-            raise ValueError(f"unknown adapters {unknown}, expected some of {[*self.names, BASE]}")
+            raise ValueError(f"names: found {unknown}, expected some of {[*self.names, BASE]}")
         return jnp.asarray([-1 if name == BASE else self.names.index(name) for name in names], jnp.int32)
 
     def replace(self, name: str, source: Source, *, new_name: str | None = None) -> None:
@@ -93,7 +93,7 @@ class AdapterBank:
         """
         number, adapter = self._number(name), self._read(new_name or name, source)
         if new_name not in (None, name) and new_name in (*self.names, BASE):
-            raise ValueError(f"new_name: found {new_name!r}, which the bank has")
+            raise ValueError(f"new_name: found {new_name!r}, expected a name that the bank does not have")
         problems = _differences(adapter, self._configs[number], self._dtypes[number])
         if problems:
             raise CheckpointError(f"cannot take the place of {name!r} without compiling anew", problems)
@@ -139,7 +139,7 @@ class AdapterBank:
 
     def _number(self, name: str) -> int:
         if name not in self.names:
-            raise ValueError(f"unknown adapter {name!r}, expected one of {self.names}")
+            raise ValueError(f"name: found {name!r}, expected one of {self.names}")
         return self.names.index(name)
 
     def _wrap(self, module: str, adapters: Sequence[Adapter], rows: Shared) -> MultiAdapterLinear:
@@ -181,10 +181,10 @@ def select_adapters(model: Any, ids: jax.Array) -> None:
         ValueError: the model has no bank, or the ids are no integers [batch].
     """
     if getattr(model, "moe_lora_rows", None) is None:
-        raise ValueError("the model has no AdapterBank")
+        raise ValueError("model: found no AdapterBank on it, expected one")
     ids = jnp.asarray(ids)
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids must be integers [batch], got {ids.dtype} {list(ids.shape)}")
+        raise ValueError(f"ids: found {ids.dtype} {list(ids.shape)}, expected integers [batch]")
     model.moe_lora_rows.set_value(ids)
 
 

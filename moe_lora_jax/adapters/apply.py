@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
-from moe_lora_interop.config.modules import block_of, last_layer, router_owners
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.modules import block_of, last_bias_problem, last_layer, order_problems, router_owners
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.adapters.model_spec import ModelSpec, module_name
@@ -88,7 +88,7 @@ def apply_to_modules(
     if unnamed:
         problems = [f"{m}: no template of the spec's names fits this layer's path" for m in unnamed]
         raise ConfigError("target modules without a name", problems)
-    sizes = _sizes(config, chosen)
+    sizes = config.for_modules(chosen)
     config = _completed(model, config, chosen)
     routed = [m for m in chosen if sizes[m].has_router]
     alone = [m for m in chosen if config.scope != "ffn" or not sizes[m].has_router]
@@ -124,9 +124,9 @@ def apply_to_modules(
 
 
 def remove_moe_lora(model: nnx.Module) -> nnx.Module:
-    """Takes the adapter, or a bank's, off again, in place: the base layers return unchanged. Returns the model."""
+    """Takes the adapter, or a bank's adapters, off the model, in place; the base layers return unchanged."""
     kinds = (MultiAdapterLinear, MoeLoraFeedForward, SlotLinear, MoeLoraLinear)
-    for kind in kinds:  # blocks first: their layers' paths go through them
+    for kind in kinds:  # blocks first: the paths of their layers lead through them
         for path, wrapper in [(p, m) for p, m in modules(model) if isinstance(m, kind)]:
             replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:
@@ -172,31 +172,15 @@ def adapted_names(model: Any) -> dict[str, str]:
     return found
 
 
-def _sizes(config: MoeLoraConfig, chosen: list[str]) -> dict[str, ModuleConfig]:
-    sizes: dict[str, ModuleConfig] = {}
-    problems: list[str] = []
-    for path in chosen:
-        try:
-            sizes[path] = config.for_module(path)
-        except ConfigError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise ConfigError("the config does not fit the model", problems)
-    return sizes
-
-
 def _completed(model: nnx.Module, config: MoeLoraConfig, chosen: list[str]) -> MoeLoraConfig:
     """The config with everything filled in that only the model knows."""
     config = config.resolved(chosen)
     if config.base_model_name_or_path is None:
         name = getattr(getattr(model, "config", None), "name_or_path", None)
         config = replace(config, base_model_name_or_path=None if name is None else str(name))
-    routed = {m for m in chosen if config.for_module(m).has_router}
-    if config.layerwise and config.module_order is not None and set(config.module_order) != routed:
-        differing = sorted(routed.symmetric_difference(config.module_order))
-        raise ConfigError(
-            "the config does not fit the model", [f"module_order: expected every routed module, see {differing}"]
-        )
+    routed = config.routed(chosen)
+    if problems := order_problems(config, routed):
+        raise ConfigError("the config does not fit the model", problems)
     if config.layerwise and config.module_order is None:
         ordered = [m for m in getattr(model, "linear_order", list)() if m in routed]
         if len(ordered) != len(routed):
@@ -255,12 +239,9 @@ def _plan_block(
     if problems:
         raise ConfigError("scope ffn does not fit the model", problems)
     assert last is not None
-    sums_to_one = config.norm_topk_prob and config.threshold is None and config.routed_scaling_factor == 1
-    if getattr(layers[last][1].layer, "bias", None) is not None and (not sums_to_one or config.expert_dropout > 0):
-        problem = (
-            f"{layers[last][0]}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold"
-        )
-        raise ConfigError("scope ffn does not fit the model", [f"{problem}, scaling factor or expert_dropout"])
+    has_bias = getattr(layers[last][1].layer, "bias", None) is not None
+    if has_bias and (problem := last_bias_problem(config, layers[last][0])) is not None:
+        raise ConfigError("scope ffn does not fit the model", [problem])
     targets = frozenset(linears[m].path.rpartition(".")[2] for m in routed if block_of(m) == block)
     return _Block(block, path, {n: m for n, m in layers.items() if n in targets or n == last}, targets, last)
 

@@ -17,7 +17,7 @@ def adapter(path: PathParts, value: Any) -> bool:
 
 
 def router_only(path: PathParts, value: Any) -> bool:
-    """What decides: the adapter's variables but for the experts (kernels, biases, thresholds, task tables)."""
+    """The routers: their kernels, biases, thresholds and task tables."""
     return adapter(path, value) and path[-1] not in EXPERTS
 
 

@@ -1,4 +1,4 @@
-"""How a model that another program defines is addressed: names for its layers' paths, and its own layer classes."""
+"""What a model of another program calls its layers, and which layer classes of its own it has."""
 
 import re
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ class ModelSpec:
 
     Args:
         names: {template of an NNX path: template of the module's name in the Hugging Face model}. A field in braces is
-            a part of a path, without dots, and stands once on either side. Configs and files then speak of the modules
-            by these names, so that PEFT finds them. Empty: the path is the name.
-        layers: {a layer class of the model's own: function from such a layer to its `LinearMap`}. Called before the
-            classes of Flax are looked at.
+            a part of a path, without dots, and stands once on either side. Configs and files then use these names, so
+            that PEFT finds the modules. Empty: the path is the name.
+        layers: {a layer class of the model's own: function from such a layer to its `LinearMap`}. These come before
+            the classes of Flax.
 
     Raises:
         ConfigError: a template whose fields differ from those of its other side, or stand twice.

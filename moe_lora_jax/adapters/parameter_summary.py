@@ -102,14 +102,14 @@ def summary(model: Any) -> Summary:
     grid = by_projection(targets) | by_projection(m for m in sizes if m not in targets)
     rows = []
     for name, layers in grid.items():
-        found = [config.for_module(m) for m in layers.values()]
+        found = config.for_modules(layers.values())
         rows.append(
             Row(
                 modules=name or "router of the model",
                 layers=len(layers),
-                experts=_range(s.num_experts for s in found),
-                rank=_range(r for m, s in zip(layers.values(), found, strict=True) if m in targets for r in s.ranks),
-                top_k=_range(s.top_k or "all" for s in found if s.has_router),
+                experts=_range(s.num_experts for s in found.values()),
+                rank=_range(r for m, s in found.items() if m in targets for r in s.ranks),
+                top_k=_range(s.top_k or "all" for s in found.values() if s.has_router),
                 parameters=sum(sizes[m] for m in layers.values()),
             )
         )

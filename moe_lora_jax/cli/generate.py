@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
-from moe_lora_interop.errors import ConfigError, explained
+from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.memory import explained
 
 STEPS = (
     "a smaller max_new_tokens or a shorter prompt: the cache of keys and values grows with both",

@@ -1,4 +1,4 @@
-"""A small language model in Hugging Face's format, made on the spot and trained for a moment."""
+"""A small language model in Hugging Face's format, made on the spot and trained briefly."""
 
 import json
 from collections.abc import Sequence

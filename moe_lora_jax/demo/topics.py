@@ -1,4 +1,4 @@
-"""Small texts for the quickstart, made from templates: the same for the same seed, and free of anybody's rights.
+"""Small texts for the quickstart, made from templates: the same for the same seed, and free of other people's rights.
 
 Four topics whose words hardly overlap, so that it is visible which expert serves which. Each comes twice: as plain
 sentences, which the small base model is pre-trained on, and as questions with answers, which the adapter learns.

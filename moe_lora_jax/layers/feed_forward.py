@@ -1,10 +1,4 @@
-"""Experts that are whole feed-forward blocks (MixLoRA): FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e = W0 + s B_e A_e.
-
-The block's own code runs once, on activations with a leading slot axis: its first linear layers add one delta per slot
-to one base product, its last one multiplies by the gates and sums *before* its base product, which is exact because
-that layer is linear. So no base product is ever computed per expert. With top-k routing the slots are the k experts
-that each token chose; otherwise they are all experts.
-"""
+"""A feed-forward block whose experts are whole blocks, and its linear layers; what they compute is in `slots`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +6,10 @@ from flax import nnx
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_jax.layers.display import Described, experts_in_words
-from moe_lora_jax.layers.gating import top_k_slots
-from moe_lora_jax.layers.mixing import MoeLoraParam, gated_sum, init_experts
+from moe_lora_jax.layers.mixing import MoeLoraParam, init_experts
 from moe_lora_jax.layers.router import Router
 from moe_lora_jax.layers.shared import Shared
+from moe_lora_jax.layers.slots import Slots
 
 
 class MoeLoraFeedForward(Described, nnx.Module):
@@ -43,22 +37,11 @@ class MoeLoraFeedForward(Described, nnx.Module):
         self.base_layer = base_layer
         self.router = Router(in_features, sizes, config=config, rngs=rngs)
         self.shared = shared
-        self.router_jitter_noise = config.router_jitter_noise
-        self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
-        self.deterministic = True
-        random = config.expert_dropout > 0 or config.router_jitter_noise > 0
-        self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out]."""
         flat = x.reshape(-1, x.shape[-1])
-        router_x = flat.astype(jnp.float32)
-        if not self.deterministic and self.router_jitter_noise > 0.0:
-            assert self.rngs is not None
-            eps = self.router_jitter_noise
-            router_x = router_x * jax.random.uniform(self.rngs(), flat.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
-        gates = self.expert_dropout(self.router(router_x).gates, rngs=self.rngs)
-        self.shared.set_value(gates[:, None])
+        self.shared.set_value(self.router.weights(self.router(flat).gates)[:, None])
         out = self.base_layer(flat)
         self.shared.clear()
         return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -98,32 +81,23 @@ class SlotLinear(Described, nnx.Module):
         self.lora_b = nnx.data(MoeLoraParam(b) if is_target else None)
         self.shared = shared
         self.ranks, self.scalings = sizes.ranks, sizes.scalings
-        self.top_k = None if top_k is None or top_k >= sizes.num_experts else top_k
+        self.top_k = top_k
         self.is_last = is_last
         self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
         self.rngs = rngs["dropout"].fork() if config.lora_dropout > 0 and is_target else nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """See the class."""
-        gates = self.shared.get_value()[:, 0, 0]  # [tokens, expert]
-        chosen = self._chosen(gates)  # [slot, tokens, expert]
-        if self.is_last:
-            return self._gated_sum(x, gates, chosen)
-        base = self.base_layer(x)
+        slots = Slots.of(self.shared.get_value()[:, 0, 0], self.top_k)
+        flat = slots.flat(x)
+        base = self.base_layer(slots.mix(flat) if self.is_last else x)
         if self.lora_a is None or self.lora_b is None:
             return base
         a, b = self.lora_a[...], self.lora_b[...]
-        hidden = self._hidden(x, a) * jnp.asarray(self.scalings, a.dtype)[:, None]
-        if self.top_k is None:
-            hidden = jnp.broadcast_to(hidden, (*hidden.shape[:-2], b.shape[0], b.shape[1]))
-            form = "ter,ero->eto" if x.ndim == 2 else "eter,ero->eto"
-            delta = jnp.einsum(form, hidden, b)
-            return base + delta.astype(base.dtype)
-        outputs = []  # one by one: along a slot axis a training step took 1.4 times as long (benchmarks/RESULTS.md)
-        for slot, mask in enumerate(chosen.astype(a.dtype)):
-            base_s, hidden_s = (base, hidden) if x.ndim == 2 else (base[slot], hidden[slot])
-            outputs.append(base_s + gated_sum(hidden_s, mask, b).astype(base.dtype))
-        return jnp.stack(outputs)
+        dropped = self.dropout(flat.astype(a.dtype), rngs=self.rngs)
+        if self.is_last:
+            return base + slots.gated_sum(dropped, a, b, self.scalings).astype(base.dtype)
+        return slots.add_deltas(base, dropped, a, b, self.scalings)
 
     def facts(self) -> str:
         """See `display`."""
@@ -132,42 +106,3 @@ class SlotLinear(Described, nnx.Module):
             return f"no experts of its own{gated}"
         words = experts_in_words(self.lora_a, self.lora_b, self.ranks, self.scalings)
         return f"{self.lora_a.shape[-1]} -> {self.lora_b.shape[-1]}; {words}{gated}"
-
-    def _gated_sum(self, x: jax.Array, gates: jax.Array, chosen: jax.Array) -> jax.Array:
-        """W0 (sum_s g_s x_s) + sum_s g_s s_e B_e A_e x_s, e the expert in slot s."""
-        slots = jnp.broadcast_to(x, (chosen.shape[0], *x.shape[-2:]))
-        weights = chosen * gates  # [slot, tokens, expert]
-        base = self.base_layer(self._mixed(slots, jnp.sum(weights, axis=-1)))
-        if self.lora_a is None or self.lora_b is None:
-            return base
-        a, b = self.lora_a[...], self.lora_b[...]
-        if self.top_k is None and a.shape[0] == b.shape[0]:  # slot e is expert e: no expert sees another's activations
-            dropped = self.dropout(slots.astype(a.dtype), rngs=self.rngs)
-            code = jnp.einsum("eti,eri->ter", dropped, a) * gates[..., None]
-        elif self.top_k is None:
-            hidden = self._hidden(slots, a)  # [slot, tokens, 1, rank]
-            code = jnp.einsum("ster,ste->ter", jnp.broadcast_to(hidden, (*hidden.shape[:2], *b.shape[:2])), weights)
-        else:
-            code = sum(self._hidden(x_s, a) * w[:, :, None] for x_s, w in zip(slots, weights, strict=True))
-        delta = gated_sum(code.astype(a.dtype), jnp.broadcast_to(jnp.asarray(self.scalings), gates.shape), b)
-        return base + delta.astype(base.dtype)
-
-    def _mixed(self, slots: jax.Array, share: jax.Array) -> jax.Array:
-        """sum_s share_s x_s, for slots [slot, tokens, in] and share [slot, tokens]: [tokens, in]."""
-        if self.top_k is None:
-            return jnp.einsum("sti,st->ti", slots, share.astype(slots.dtype))
-        # summed in fp32, the dtype of the share
-        return sum(x * g[:, None] for x, g in zip(slots, share, strict=True)).astype(slots.dtype)  # type: ignore[union-attr]
-
-    def _hidden(self, x: jax.Array, a: jax.Array) -> jax.Array:
-        """A x: [..., expert or 1, rank]."""
-        x = self.dropout(x.astype(a.dtype), rngs=self.rngs)
-        return (x @ a.reshape(-1, a.shape[-1]).T).reshape(*x.shape[:-1], *a.shape[:2])
-
-    def _chosen(self, gates: jax.Array) -> jax.Array:
-        """Which expert is in which slot of a token, as 0 and 1: [slot, tokens, expert]."""
-        experts = gates.shape[-1]
-        if self.top_k is None:
-            return jnp.broadcast_to(jnp.eye(experts, dtype=gates.dtype)[:, None, :], (experts, *gates.shape))
-        slots = top_k_slots(jax.lax.stop_gradient(gates), self.top_k)
-        return jnp.moveaxis(slots, -2, 0).astype(gates.dtype)

@@ -1,6 +1,7 @@
-"""From router logits to expert weights: one composition of score, selection and normalisation, for every method."""
+"""From router logits to gates: one composition for every routing scheme, the same in JAX and PyTorch."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,22 @@ import jax.numpy as jnp
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 
 
+class RouterOutput(NamedTuple):
+    """One router's decision for every token; all of shape [..., expert], fp32 (`kept` is boolean).
+
+    `logits` include the temperature. `gates` are the weights g of the formula in `moe_lora_interop.config`, before
+    routed_scaling_factor and expert_dropout.
+    """
+
+    logits: jax.Array
+    scores: jax.Array
+    kept: jax.Array
+    gates: jax.Array
+
+
 @dataclass(frozen=True)
 class Gating:
-    """The routing rule of one module; see `moe_lora_interop.config` for the formula of every field."""
+    """The routing rule of one module: what a router keeps of the config, as nnx hashes it at every compiled call."""
 
     top_k: int | None
     scoring_func: str
@@ -26,35 +40,38 @@ class Gating:
         return cls(top_k=sizes.top_k, **fields)
 
 
-def compute_gates(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = None) -> jax.Array:
-    """Weights of the experts, [..., expert] fp32, from router logits z = R x + b, [..., expert] fp32.
+def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = None) -> RouterOutput:
+    """Computes the gates.
+
+        p     = softmax(z) | softmax(|z|) | sigmoid(z)
+        keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
+        gates = softmax of log p over the kept                 norm_topk_prob, no adaptive threshold
+              = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
+
+    The first form equals the second in exact arithmetic, but gives exact zeros as gradients where they are zero
+    (renormalised top-1), which an optimizer like Adam would otherwise inflate. A token with nothing kept gets zeros.
 
     Args:
-        logits: already divided by the temperature (`Router` does it).
+        logits: z, [..., expert], the temperature applied.
         gating: the rule.
-        tau: threshold on the scores, [..., 1], a number, or None for no threshold.
-
-    Scores divided by the sum of the kept are computed as a softmax of their logarithms: exact zeros elsewhere, an
-    exactly zero gradient where only one expert is kept, and zeros (not NaN) where none is.
+        tau: the threshold, a number or [..., 1], or None.
     """
     z = jnp.abs(logits) if gating.scoring_func == "abs_softmax" else logits
-    score = jax.nn.sigmoid(z) if gating.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
-    keep = jnp.ones(z.shape, bool)
+    is_softmax = gating.scoring_func != "sigmoid"
+    scores = jax.nn.softmax(z, axis=-1) if is_softmax else jax.nn.sigmoid(z)
     if gating.top_k is not None and gating.top_k < z.shape[-1]:
-        keep = jnp.any(top_k_slots(z, gating.top_k), axis=-2)
-    if tau is not None:
-        keep = score >= tau
-
-    if gating.norm_topk_prob and not gating.adaptive_threshold:
-        log_score = jax.nn.log_sigmoid(z) if gating.scoring_func == "sigmoid" else z
-        weights = _masked_softmax(log_score, keep)  # score / sum of the kept scores
+        kept = jnp.any(top_k_slots(z, gating.top_k), axis=-2)
     else:
-        kept = score - tau if gating.adaptive_threshold and tau is not None else score
-        weights = jnp.where(keep, kept, 0.0)
+        kept = jnp.ones(z.shape, bool) if tau is None else scores >= tau
+    if gating.norm_topk_prob and not gating.adaptive_threshold:
+        gates = _masked_softmax(z if is_softmax else jax.nn.log_sigmoid(z), kept)  # softmax needs no log: p ~ exp(z)
+    else:
+        weights = scores - tau if gating.adaptive_threshold and tau is not None else scores
+        gates = jnp.where(kept, weights, 0.0)
         if gating.norm_topk_prob:
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            weights = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
-    return weights * gating.routed_scaling_factor
+            total = jnp.sum(gates, axis=-1, keepdims=True)
+            gates = jnp.where(total > 0, gates / jnp.where(total > 0, total, 1.0), 0.0)
+    return RouterOutput(logits, scores, kept, gates)
 
 
 def top_k_slots(z: jax.Array, k: int) -> jax.Array:
@@ -74,9 +91,9 @@ def top_k_slots(z: jax.Array, k: int) -> jax.Array:
     return jnp.stack(slots, axis=-2)
 
 
-def _masked_softmax(z: jax.Array, keep: jax.Array) -> jax.Array:
-    kept = jnp.where(keep, z, -jnp.inf)
-    largest = jax.lax.stop_gradient(jnp.max(kept, axis=-1, keepdims=True))
-    shifted = jnp.exp(jnp.where(keep, z - jnp.where(jnp.isfinite(largest), largest, 0.0), -jnp.inf))
+def _masked_softmax(z: jax.Array, kept: jax.Array) -> jax.Array:
+    """exp(z) / sum of the kept exp(z) where kept, else 0; zeros (not NaN) where nothing is kept."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.where(kept, z, -jnp.inf), axis=-1, keepdims=True))
+    shifted = jnp.exp(jnp.where(kept, z - jnp.where(jnp.isfinite(largest), largest, 0.0), -jnp.inf))
     total = jnp.sum(shifted, axis=-1, keepdims=True)
     return jnp.where(total > 0, shifted / jnp.where(total > 0, total, 1.0), 0.0)

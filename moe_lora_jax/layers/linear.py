@@ -9,7 +9,7 @@ from flax import nnx
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_jax.layers.display import Described, experts_in_words
 from moe_lora_jax.layers.linear_maps import LinearMap
-from moe_lora_jax.layers.mixing import MoeLoraParam, gated_sum, init_experts, mixed_factors
+from moe_lora_jax.layers.mixing import MoeLoraParam, gated_sum, init_experts, mixed_factors, scaled
 from moe_lora_jax.layers.router import Router, TaskRouter
 from moe_lora_jax.layers.shared import Shared, per_token
 
@@ -84,12 +84,8 @@ class MoeLoraLinear(Described, LayerWrapper):
         self.layer_index = layer_index
         self.mix = config.mix if sizes.has_router else "outputs"
         self.ranks, self.scalings = sizes.ranks, sizes.scalings
-        self.router_jitter_noise = config.router_jitter_noise if config.router_input == "hidden" else 0.0
         self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
-        self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
-        self.deterministic = True  # flipped by model.train() / model.eval()
-        random = config.lora_dropout > 0 or config.expert_dropout > 0 or config.router_jitter_noise > 0
-        self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
+        self.rngs = rngs["dropout"].fork() if config.lora_dropout > 0 else nnx.data(None)
 
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """x [..., in] -> [..., out]; further arguments are the base layer's."""
@@ -114,19 +110,14 @@ class MoeLoraLinear(Described, LayerWrapper):
         if self.mix == "weights":
             return mixed_factors(x, gates, a, b) * jnp.asarray(self.scalings[0], a.dtype)
         hidden = (x @ a.reshape(-1, a.shape[-1]).T).reshape(x.shape[0], *a.shape[:2])
-        return gated_sum(hidden, gates[:, 0] * jnp.asarray(self.scalings, jnp.float32), b)
+        return gated_sum(hidden, scaled(gates[:, 0], self.scalings), b)
 
     def _gates(self, x: jax.Array) -> jax.Array:
-        """[tokens, split, expert]."""
+        """Their weights, [tokens, split, expert], from wherever the router of this layer stands."""
         if not self.routed:
             return jnp.ones((x.shape[0], 1, 1), jnp.float32)
-        if self.shared is not None:  # the model's router has applied expert dropout already
+        if self.shared is not None:  # the model's router has weighted them already
             gates = self.shared.get_value()
             return per_token(gates[:, min(self.layer_index, gates.shape[1] - 1)], x.shape[0])
         assert self.router is not None
-        router_x = x.astype(jnp.float32)
-        if not self.deterministic and self.router_jitter_noise > 0.0:
-            assert self.rngs is not None
-            eps = self.router_jitter_noise
-            router_x = router_x * jax.random.uniform(self.rngs(), x.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
-        return self.expert_dropout(self.router(router_x).gates, rngs=self.rngs)
+        return self.router.weights(per_token(self.router(x).gates, x.shape[0]))

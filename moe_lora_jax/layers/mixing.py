@@ -1,4 +1,4 @@
-"""The stacked LoRA experts of one linear layer: their variable type, their initialisation and their gated sum."""
+"""The stacked LoRA experts of one linear layer: their variables, and the products that carry all of them at once."""
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,21 @@ def init_experts(
     return a.astype(param_dtype), b.astype(param_dtype)
 
 
+def gated_sum(hidden: jax.Array, weights: jax.Array, b: jax.Array) -> jax.Array:
+    """sum_e weights_e B_e hidden_e, as one product over the joined (expert rank) axis.
+
+    Args:
+        hidden: A x, [tokens, expert, rank]; the expert axis is 1 when A is shared.
+        weights: gate times scaling, [tokens, expert].
+        b: [expert, rank, out].
+
+    Returns:
+        [tokens, out]; no [tokens, expert, out] array ever exists.
+    """
+    gated = hidden * weights[:, :, None].astype(hidden.dtype)
+    return gated.reshape(hidden.shape[0], b.shape[0] * b.shape[1]) @ b.reshape(-1, b.shape[-1])
+
+
 def mixed_factors(x: jax.Array, gates: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """x A B with mixed factors (Poly, MHR): A = [sum_e g_qe A_e,q for q in splits] over the input, B over the output.
 
@@ -58,16 +73,6 @@ def mixed_factors(x: jax.Array, gates: jax.Array, a: jax.Array, b: jax.Array) ->
     return jnp.einsum("tqer,erqo->tqo", gated, b_parts).reshape(tokens, -1)
 
 
-def gated_sum(hidden: jax.Array, weights: jax.Array, b: jax.Array) -> jax.Array:
-    """sum_e weights_e B_e hidden_e, as one product over the joined (expert rank) axis.
-
-    Args:
-        hidden: A x, [tokens, expert, rank]; the expert axis is 1 when A is shared.
-        weights: gate times scaling, [tokens, expert].
-        b: [expert, rank, out].
-
-    Returns:
-        [tokens, out]; no [tokens, expert, out] array ever exists.
-    """
-    gated = hidden * weights[:, :, None].astype(hidden.dtype)
-    return gated.reshape(hidden.shape[0], b.shape[0] * b.shape[1]) @ b.reshape(-1, b.shape[-1])
+def scaled(gates: jax.Array, scalings: tuple[float, ...]) -> jax.Array:
+    """g_e s_e, in the dtype of the gates."""
+    return gates * jnp.asarray(scalings, gates.dtype)

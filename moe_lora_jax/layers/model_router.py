@@ -6,14 +6,12 @@ from flax import nnx
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import gates_in_words
-from moe_lora_jax.layers.display import Described
-from moe_lora_jax.layers.gating import Gating, compute_gates
 from moe_lora_jax.layers.mixing import MoeLoraParam
-from moe_lora_jax.layers.router import ROUTER_STD, RouterOutput, record
+from moe_lora_jax.layers.router import ROUTER_STD, BaseRouter
 from moe_lora_jax.layers.shared import Shared, task_rows
 
 
-class ModelRouter(Described, nnx.Module):
+class ModelRouter(BaseRouter):
     """z = MLP(h) / temperature, ReLU between the layers; gates are left in `shared` for the model's layers.
 
     h is the last hidden state (after the final norm) of a first pass without the adapter, or a row of the task table.
@@ -24,17 +22,11 @@ class ModelRouter(Described, nnx.Module):
     """
 
     def __init__(self, hidden_size: int, layers: int, *, config: MoeLoraConfig, rngs: nnx.Rngs):
+        super().__init__(config.for_module(""), config=config, rngs=rngs)
         self.shared = Shared.empty()
         self.only_ids = config.scope == "linear"
         self.reads_hidden = config.router_input == "hidden"
-        self.gating = Gating.of(config, config.for_module(""))
-        self.num_experts, self.n_splits = config.num_experts, config.n_splits
-        self.router_jitter_noise = config.router_jitter_noise
         self.dropout = nnx.Dropout(config.router_dropout, deterministic=True)
-        self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
-        self.deterministic = True
-        random = config.router_dropout > 0 or config.router_jitter_noise > 0 or config.expert_dropout > 0
-        self.rngs = rngs["dropout"].fork() if random and not self.only_ids else nnx.data(None)
 
         def init(*shape: int) -> MoeLoraParam:
             return MoeLoraParam(ROUTER_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -57,12 +49,7 @@ class ModelRouter(Described, nnx.Module):
 
     def route_hidden(self, hidden: jax.Array) -> None:
         """Sets the gates from hidden states [batch, seq, hidden]."""
-        x = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-        if not self.deterministic and self.router_jitter_noise > 0:
-            assert self.rngs is not None
-            eps = self.router_jitter_noise
-            x = x * jax.random.uniform(self.rngs(), x.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
-        self._route(x)
+        self._route(self.jittered(hidden.reshape(-1, hidden.shape[-1])))
 
     def route_tasks(self, task_ids: jax.Array | None) -> None:
         """Sets the gates, or hands on the ids, for task ids [batch] or [batch, n].
@@ -85,8 +72,5 @@ class ModelRouter(Described, nnx.Module):
             x = jnp.matmul(x, kernel[...].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
             if self.biases:
                 x = x + self.biases[j][...].astype(jnp.float32)
-        shape = (x.shape[0], -1, self.n_splits, self.num_experts)
-        logits = (x / self.gating.router_temperature).reshape(shape)
-        decision = RouterOutput(logits, compute_gates(logits, self.gating, self.gating.threshold))
-        record(self, decision)
-        self.shared.set_value(self.expert_dropout(decision.gates, rngs=self.rngs))
+        logits = (x / self.gating.router_temperature).reshape(x.shape[0], -1, self.n_splits, self.num_experts)
+        self.shared.set_value(self.weights(self.decide(logits, self.gating.threshold).gates))

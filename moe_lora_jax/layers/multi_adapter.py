@@ -60,8 +60,8 @@ class MultiAdapterLinear(LayerWrapper):
 
 def _delta_by_row(stack: MoeLoraLinear, place: jax.Array, x: jax.Array) -> jax.Array:
     """[batch, seq, out]: row b of x [batch, seq, in] through the adapter at place[b] of the stack."""
-    random = stack.dropout.rate > 0 or stack.expert_dropout.rate > 0 or stack.router_jitter_noise > 0
-    if random and not stack.deterministic:
+    random = stack.rngs is not None or (stack.router is not None and stack.router.rngs is not None)
+    if random and not stack.dropout.deterministic:
         raise ValueError("several adapters train without lora_dropout, expert_dropout and router_jitter_noise")
     parts: Any = nnx.split(stack, MoeLoraParam, ...)
     graphdef, adapters, rest = parts

@@ -1,7 +1,7 @@
 """Routers that stand at a linear layer or a feed-forward block, and what they report."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +11,49 @@ from jax.custom_derivatives import SymbolicZero
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.config.in_words import gates_in_words
 from moe_lora_jax.layers.display import Described
-from moe_lora_jax.layers.gating import Gating, compute_gates
+from moe_lora_jax.layers.gating import Gating, RouterOutput, route
 from moe_lora_jax.layers.mixing import MoeLoraParam
-from moe_lora_jax.layers.shared import Shared, per_token, task_rows
+from moe_lora_jax.layers.shared import Shared, task_rows
 
 ROUTER_STD = 0.02
-
-
-class RouterOutput(NamedTuple):
-    """What a router decided: `logits` z (after bias and temperature) and `gates` g, both [..., expert] fp32."""
-
-    logits: jax.Array
-    gates: jax.Array
 
 
 class RouterRecord(nnx.Intermediate):
     """The variable type under which routers sow their `RouterOutput`; read it with `nnx.capture`."""
 
 
-def record(module: nnx.Module, decision: RouterOutput) -> None:
-    """Hands a decision to `nnx.capture`, if the call runs under it (sowing without it is deprecated)."""
-    if hasattr(module, "__captures__"):
-        module.sow(RouterRecord, "router_output", decision)
+class BaseRouter(Described, nnx.Module):
+    """What every router does, wherever it stands: jitter before its logits, then the decision, then the weights."""
+
+    def __init__(self, sizes: ModuleConfig, *, config: MoeLoraConfig, rngs: nnx.Rngs):
+        self.gating = Gating.of(config, sizes)
+        self.num_experts, self.n_splits = sizes.num_experts, config.n_splits
+        self.router_jitter_noise = config.router_jitter_noise
+        self.expert_dropout = nnx.Dropout(config.expert_dropout, deterministic=True)
+        self.deterministic = True  # flipped by model.train() / model.eval()
+        random = max(config.router_jitter_noise, config.expert_dropout, config.router_dropout) > 0
+        self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
+
+    def jittered(self, x: jax.Array) -> jax.Array:
+        """x in fp32; in training times U(1 - eps, 1 + eps), eps = router_jitter_noise."""
+        x, eps = x.astype(jnp.float32), self.router_jitter_noise
+        if self.deterministic or eps == 0:
+            return x
+        assert self.rngs is not None
+        return x * jax.random.uniform(self.rngs(), x.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
+
+    def decide(self, logits: jax.Array, tau: jax.Array | float | None) -> RouterOutput:
+        """See `route`. Hands the decision to `nnx.capture`, if the call runs under it (else sowing is deprecated)."""
+        decision = route(logits, self.gating, tau)
+        if hasattr(self, "__captures__"):
+            self.sow(RouterRecord, "router_output", decision)
+        return decision
+
+    def weights(self, gates: jax.Array) -> jax.Array:
+        """routed_scaling_factor g, with expert_dropout in training."""
+        factor = self.gating.routed_scaling_factor
+        gates = self.expert_dropout(gates, rngs=self.rngs)
+        return gates if factor == 1 else gates * factor
 
 
 @jax.custom_jvp
@@ -65,8 +86,8 @@ def _moved_input(dx: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.sum(dx[:, :, None] * kernel, axis=1)
 
 
-class Router(Described, nnx.Module):
-    """z = (R x + b) / temperature; gates as in `compute_gates`. Always in fp32.
+class Router(BaseRouter):
+    """z = (R x + b) / temperature; gates as in `route`. Always in fp32.
 
     Variables: `kernel` [in, logit], N(0, 0.02^2) at init; `bias` [logit], zero; with an adaptive threshold
     tau = threshold * sigmoid(w.x + c): `threshold_kernel` [in] and `threshold_bias` [], zero. `logit` is the experts,
@@ -74,8 +95,7 @@ class Router(Described, nnx.Module):
     """
 
     def __init__(self, in_features: int, sizes: ModuleConfig, *, config: MoeLoraConfig, rngs: nnx.Rngs):
-        self.gating = Gating.of(config, sizes)
-        self.num_experts, self.n_splits = sizes.num_experts, config.n_splits
+        super().__init__(sizes, config=config, rngs=rngs)
         logits = sizes.num_experts * config.n_splits
         self.kernel = MoeLoraParam(ROUTER_STD * jax.random.normal(rngs.params(), (in_features, logits), jnp.float32))
         self.bias = MoeLoraParam(jnp.zeros(logits, jnp.float32)) if config.router_bias else None
@@ -84,15 +104,13 @@ class Router(Described, nnx.Module):
         self.threshold_bias = MoeLoraParam(jnp.zeros((), jnp.float32)) if adaptive else None
 
     def __call__(self, x: jax.Array) -> RouterOutput:
-        """Routes x [tokens, in]: logits and gates [tokens, split, expert]."""
-        x = x.astype(jnp.float32)
+        """Routes x [tokens, in]: fields [tokens, split, expert]."""
+        x = self.jittered(x)
         logits = router_product(x, self.kernel[...].astype(jnp.float32))
         if self.bias is not None:
             logits = logits + self.bias[...]
         logits = (logits / self.gating.router_temperature).reshape(x.shape[0], self.n_splits, self.num_experts)
-        decision = RouterOutput(logits, compute_gates(logits, self.gating, self._tau(x)))
-        record(self, decision)
-        return decision
+        return self.decide(logits, self._tau(x))
 
     def facts(self) -> str:
         """See `display`."""
@@ -107,15 +125,14 @@ class Router(Described, nnx.Module):
         return self.gating.threshold * jax.nn.sigmoid(score + self.threshold_bias[...])[:, None, None]
 
 
-class TaskRouter(Described, nnx.Module):
+class TaskRouter(BaseRouter):
     """A table of logits per task at one layer (Poly): z = T[task] / temperature.
 
     Variables: `task_embedding` [task, logit], N(0, 0.02^2) at init. `shared` brings the task ids.
     """
 
     def __init__(self, sizes: ModuleConfig, shared: Shared, *, config: MoeLoraConfig, rngs: nnx.Rngs):
-        self.gating = Gating.of(config, sizes)
-        self.num_experts = sizes.num_experts
+        super().__init__(sizes, config=config, rngs=rngs)
         assert config.num_tasks is not None, "the config requires it"
         shape = (config.num_tasks, sizes.num_experts * config.n_splits)
         self.task_embedding = MoeLoraParam(ROUTER_STD * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -127,12 +144,9 @@ class TaskRouter(Described, nnx.Module):
         return f"{tasks} tasks -> {self.num_experts} experts; {gates_in_words(self.gating)}"
 
     def __call__(self, x: jax.Array) -> RouterOutput:
-        """Routes by task; x [tokens, in] only says how many tokens there are."""
+        """Routes by task, whatever x: fields [row, split, expert], a row being a sequence."""
         if self.shared.is_empty:
             raise ValueError("this adapter routes by task: call the model with task_ids=")
         rows = task_rows(self.task_embedding[...].astype(jnp.float32), self.shared.get_value())
-        rows = (rows / self.gating.router_temperature).reshape(rows.shape[0], -1, self.num_experts)
-        logits = per_token(rows, x.shape[0])
-        decision = RouterOutput(logits, compute_gates(logits, self.gating, self.gating.threshold))
-        record(self, decision)
-        return decision
+        logits = (rows / self.gating.router_temperature).reshape(rows.shape[0], self.n_splits, self.num_experts)
+        return self.decide(logits, self.gating.threshold)

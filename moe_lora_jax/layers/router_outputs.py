@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_jax.layers.router import RouterOutput
+from moe_lora_jax.layers.gating import RouterOutput
 
 MODEL = "model"
 """The name of a router of the whole model."""
@@ -47,8 +47,8 @@ def alike(
     """
     groups: dict[Any, list[str]] = {}
     for module, out in router.items():
-        groups.setdefault((kind(module), out.logits.shape, out.gates.shape), []).append(module)
-    for (of_group, *_), modules in groups.items():
+        groups.setdefault((kind(module), out.logits.shape), []).append(module)
+    for (of_group, _), modules in groups.items():
         yield of_group, modules, jax.tree.map(lambda *arrays: jnp.stack(arrays), *(router[m] for m in modules))
 
 
@@ -62,4 +62,4 @@ def _shaped(decision: RouterOutput, batch_seq: tuple[int, ...], pick: Any) -> Ro
             return picked.reshape(batch, seq, *picked.shape[1:])
         return jnp.broadcast_to(picked[:, None], (batch, seq, *picked.shape[1:]))
 
-    return RouterOutput(shape(decision.logits), shape(decision.gates))
+    return RouterOutput(*map(shape, decision))

@@ -1,4 +1,4 @@
-"""How gates travel from a router to the layers that it serves, when it does not stand at the layer itself."""
+"""How gates and task ids travel to the layers that use them, when they are not made there; and a task's row."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def task_rows(table: jax.Array, task_ids: jax.Array) -> jax.Array:
     """
     ids = jnp.asarray(task_ids)
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"task_ids must be integers [batch] or [batch, n], got {ids.dtype} {list(ids.shape)}")
+        raise ValueError(f"task_ids: found {ids.dtype} {list(ids.shape)}, expected integers [batch] or [batch, n]")
     ids = jnp.where(ids < 0, table.shape[0], ids)  # negative indices would count from the end
     rows = jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
     if ids.ndim == 1:

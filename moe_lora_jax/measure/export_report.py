@@ -28,7 +28,8 @@ Forward = Callable[[Batch], Any]
 def mean_gates(
     adapter: Adapter, base: Path, data: Path, *, max_length: int, on_progress: OnProgress = no_progress
 ) -> dict[str, list]:
-    """The gates of every router, averaged over all tokens of a data file. Progress is counted in batches.
+    """The gates of every router times routed_scaling_factor, averaged over all tokens of a data file. Progress is
+    counted in batches.
 
     Returns:
         {module, block or "model": one number per expert, or a list of such lists with n_splits}.
@@ -46,7 +47,8 @@ def mean_gates(
         for name, output in router.items():
             real = batch.attention_mask.reshape(*batch.attention_mask.shape, *[1] * (output.gates.ndim - 2))
             totals[name] = totals.get(name, 0.0) + np.asarray(output.gates * real, np.float64).sum(axis=(0, 1))
-    return {name: (total / tokens).tolist() for name, total in totals.items()}
+    factor = adapter.config.routed_scaling_factor
+    return {name: (factor * total / tokens).tolist() for name, total in totals.items()}
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ def attend(
 ) -> jax.Array:
     """`softmax(scale * q k^T) v`, the softmax in float32.
 
-    With a softcap c, scores s become `c * tanh(s / c)` before the mask. A query with no visible key (padding) gets a
-    finite value that nobody reads, and finite gradients.
+    With a softcap c, scores s become `c * tanh(s / c)` before the mask. A query with no visible key (padding) gets an
+    unused finite value, and finite gradients.
 
     Args:
         query: [batch, heads, queries, head_dim].

@@ -64,7 +64,9 @@ class KVCache:
         except jax.errors.ConcretizationTypeError:
             used = 0
         if used + new > self.capacity:
-            raise ValueError(f"the cache has {self.capacity} slots, {used} used: {new} more tokens do not fit")
+            raise ValueError(
+                f"cache: found {self.capacity - used} free slots of {self.capacity}, expected {new} for the new tokens"
+            )
         at = (0, self.length)
         return replace(
             self,

@@ -57,9 +57,8 @@ class CausalLM(nnx.Module):
         """Logits [batch, seq, vocab]; with a cache (logits, cache); with `return_router` one more value at the end.
 
         Args:
-            return_router: also return {module path: RouterOutput(logits, gates)}, each [batch, seq, expert] fp32
-                ([batch, seq, split, expert] with splits). A router of the whole model is called "model", unless it
-                is layerwise.
+            return_router: also return {module path: RouterOutput}, fields [batch, seq, expert] ([batch, seq, split,
+                expert] with splits). A router of the whole model is called "model", unless it is layerwise.
 
         Other arguments as in `hidden_states`.
         """
@@ -103,16 +102,20 @@ class CausalLM(nnx.Module):
         """
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, seq], got shape {input_ids.shape}")
-        for name, array in (("attention_mask", attention_mask), ("positions", positions)):
-            if array is not None and jnp.shape(array) != input_ids.shape:
-                raise ValueError(f"{name} has shape {jnp.shape(array)}, input_ids has {input_ids.shape}")
+            raise ValueError(f"input_ids: found shape {input_ids.shape}, expected [batch, seq]")
+        problems = [
+            f"{name}: found shape {jnp.shape(array)}, expected that of input_ids, {input_ids.shape}"
+            for name, array in (("attention_mask", attention_mask), ("positions", positions))
+            if array is not None and jnp.shape(array) != input_ids.shape
+        ]
         rows = getattr(self, "moe_lora_rows", None)  # of an AdapterBank: the layers see tokens, not rows
         if rows is not None and rows.get_value().shape != input_ids.shape[:1]:
-            raise ValueError(
-                f"input_ids has {input_ids.shape[0]} rows, adapters are selected for {rows.get_value().shape[0]}: call "
-                "AdapterBank.select with a name for every row"
+            problems.append(
+                f"adapters: found {rows.get_value().shape[0]} selected, expected one for each of the "
+                f"{input_ids.shape[0]} rows of input_ids: call AdapterBank.select"
             )
+        if problems:
+            raise ValueError("; ".join(problems))
         real = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         check_ids(self, input_ids, real)
         if real is not None:

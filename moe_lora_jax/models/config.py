@@ -13,9 +13,9 @@ from moe_lora_jax.models.rope import RopeConfig
 from moe_lora_jax.models.rope_fields import read_ropes
 
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_LAYERS = 1024  # several times what any model has: each is built before the files are compared with it
+MAX_LAYERS = 1024  # several times what any model has; layers are built before the files are checked
 
-# Fields that change what a model computes and that only these values leave alone, in any family.
+# Fields that change what a model computes, and the values with which they change nothing, in any family.
 _ONLY_INERT: Mapping[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "attention_dropout": (None, 0),
@@ -87,7 +87,7 @@ class DecoderConfig:
         fields = Fields(config, family.defaults)
         for name, inert in _ONLY_INERT.items():
             if fields.get(name) not in inert:
-                fields.refuse(name, f"{fields.get(name)!r} is not supported")
+                fields.refuse(name, f"found {fields.get(name)!r}, expected {' or '.join(map(repr, inert))}")
 
         layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
         hidden_size, head_dim, heads, key_value_heads = _widths(fields)
@@ -124,7 +124,7 @@ class DecoderConfig:
             name_or_path=name_or_path,
         )
         if result.dtype not in DTYPES:
-            fields.refuse("dtype", f"{result.dtype!r} is not one of {list(DTYPES)}")
+            fields.refuse("dtype", f"found {result.dtype!r}, expected one of {', '.join(DTYPES)}")
         if fields.problems:
             raise ConfigError(f"this {architecture} is not supported", fields.problems)
         return result
@@ -136,7 +136,8 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
         if architectures == [name]:
             return name, family
     hint = "in PyTorch, the PEFT method MOE_LORA takes any model: import moe_lora_interop.peft_tuner"
-    raise ConfigError("unsupported model", [f"architectures: {architectures!r}, supported: {sorted(FAMILIES)}", hint])
+    problem = f"architectures: found {architectures!r}, expected one of {', '.join(sorted(FAMILIES))}"
+    raise ConfigError("unsupported model", [problem, hint])
 
 
 def _widths(fields: Fields) -> tuple[int, int, int, int]:
@@ -146,15 +147,17 @@ def _widths(fields: Fields) -> tuple[int, int, int, int]:
     heads = fields.integer("num_attention_heads")
     shared = heads if fields.get("num_key_value_heads") is None else fields.integer("num_key_value_heads")
     if heads % shared:
-        fields.refuse("num_key_value_heads", f"{shared} does not divide num_attention_heads {heads}")
+        fields.refuse("num_key_value_heads", f"found {shared}, expected a divisor of num_attention_heads {heads}")
     if fields.get("head_dim") is not None:
         head_dim = fields.integer("head_dim")
     else:
         head_dim = hidden_size // heads
         if hidden_size % heads:
-            fields.refuse("num_attention_heads", f"{heads} does not divide hidden_size {hidden_size}, and no head_dim")
+            fields.refuse(
+                "num_attention_heads", f"found {heads}, expected a divisor of hidden_size {hidden_size}, or head_dim"
+            )
     if head_dim % 2 and len(fields.problems) == known:  # otherwise it may come from a stand-in
-        fields.refuse("head_dim", f"must be even for rotary embeddings, got {head_dim}")
+        fields.refuse("head_dim", f"found {head_dim}, expected an even number: rotary embeddings turn pairs")
     return hidden_size, head_dim, heads, shared
 
 
@@ -162,24 +165,24 @@ def _biases(fields: Fields, family: Family) -> tuple[bool, bool, bool]:
     stated = fields.flag("attention_bias")
     qkv, output = (stated, stated) if family.attention_bias is None else family.attention_bias
     if "attention_bias" in fields.stated and stated != qkv:
-        fields.refuse("attention_bias", f"{stated} contradicts this architecture, which has q, k, v biases: {qkv}")
+        fields.refuse("attention_bias", f"found {stated}, expected {qkv} for the q, k and v of this architecture")
     mlp = fields.flag("mlp_bias")
     if mlp and not family.reads_mlp_bias:
-        fields.refuse("mlp_bias", "this architecture has no feed-forward biases")
+        fields.refuse("mlp_bias", f"found {mlp}, expected False: this architecture has no feed-forward biases")
     return qkv, output, mlp
 
 
 def _activation(fields: Fields, family: Family) -> str:
     name = fields.get(family.activation_field)
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        fields.refuse(family.activation_field, f"{name!r} is not supported, only {sorted(ACTIVATIONS)}")
+        fields.refuse(family.activation_field, f"found {name!r}, expected one of {', '.join(sorted(ACTIVATIONS))}")
     return name
 
 
 def _softcap(fields: Fields, field_name: str, applies: bool) -> float | None:
     cap = fields.optional_number(field_name)
     if cap is not None and not applies:
-        fields.refuse(field_name, f"{cap} is not applied by this architecture")
+        fields.refuse(field_name, f"found {cap}, expected None: this architecture does not apply it")
     return cap
 
 
@@ -188,19 +191,20 @@ def _windows(fields: Fields, family: Family, layers: int) -> tuple[tuple[int | N
     kinds = family.layer_types(fields, layers)
     stated = fields.get("layer_types")
     if stated is not None and not (isinstance(stated, list | tuple) and all(isinstance(kind, str) for kind in stated)):
-        fields.refuse("layer_types", f"must be a list of names, got {stated!r}")
+        fields.refuse("layer_types", f"found {stated!r}, expected a list of names")
     elif stated is not None and tuple(stated) != kinds:
         if not family.reads_layer_types:
-            fields.refuse("layer_types", f"this architecture has {sorted(set(kinds))} layers only")
+            fields.refuse("layer_types", f"found {list(stated)}, expected {' or '.join(sorted(set(kinds)))} throughout")
         elif len(stated) != layers or not set(stated) <= {FULL, SLIDING}:
-            fields.refuse("layer_types", f"must list {FULL} or {SLIDING} for each of {layers} layers, got {stated}")
+            fields.refuse("layer_types", f"found {stated}, expected {FULL} or {SLIDING} for each of {layers} layers")
         else:
             kinds = tuple(stated)
     if not family.reads_sliding_window and fields.get("sliding_window") is not None:
-        fields.refuse("sliding_window", "this architecture has no sliding window")
+        found = fields.get("sliding_window")
+        fields.refuse("sliding_window", f"found {found!r}, expected None: this architecture has no sliding window")
     if SLIDING not in kinds:
         return (None,) * layers, kinds
     if fields.get("use_sliding_window") is False:
-        fields.refuse("use_sliding_window", f"is false, but layer_types has {SLIDING}")
+        fields.refuse("use_sliding_window", f"found False, expected True: layer_types has {SLIDING}")
     window = fields.integer("sliding_window")
     return tuple(window if kind == SLIDING else None for kind in kinds), kinds

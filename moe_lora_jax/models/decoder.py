@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         return self.norm(x).reshape(batch, length, -1), cache
 
     def _embedded(self, ids: jax.Array) -> jax.Array:
-        """[tokens] -> [tokens, hidden]. "fsdp" is gathered from the table first; XLA would gather what it looked up."""
+        """[tokens] -> [tokens, hidden]. The table's "fsdp" parts are gathered first; XLA would gather the result."""
         if self.mesh is None:
             return self.embed_tokens(ids)
         table, parts = self.embed_tokens.embedding[...], self.mesh.shape.get("tensor", 1)
@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
         return jnp.take(table, ids, axis=0)
 
     def _in_place(self, x: jax.Array, batch: int) -> jax.Array:
-        """Keeps rows where they are: XLA could as well move activations instead of gathering a layer's weights."""
+        """Keeps rows on their devices: XLA might move activations instead of gathering a layer's weights."""
         if self.mesh is None or batch % row_parts(self.mesh):
             return x
         return jax.lax.with_sharding_constraint(x, row_sharding(self.mesh))

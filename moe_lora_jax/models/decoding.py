@@ -167,21 +167,23 @@ def _check(
     top_p: float | None,
     key: jax.Array | None,
 ) -> None:
-    """Refuse what would otherwise run and mean nothing."""
+    """Refuses arguments that would run and mean nothing, all in one error."""
+    problems = []
     if ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"input_ids must be [batch, seq] with seq >= 1, got shape {ids.shape}")
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids has {ids.shape}")
-    empty = np.flatnonzero(~np.asarray(mask).any(axis=1))
-    if empty.size:
-        raise ValueError(f"attention_mask: rows {empty.tolist()} have no real token")
+        problems.append(f"input_ids: found shape {ids.shape}, expected [batch, seq] with seq at least 1")
+    elif mask.shape != ids.shape:
+        problems.append(f"attention_mask: found shape {mask.shape}, expected that of input_ids, {ids.shape}")
+    elif (empty := np.flatnonzero(~np.asarray(mask).any(axis=1))).size:
+        problems.append(f"attention_mask: found no real token in rows {empty.tolist()}, expected one in every row")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        problems.append(f"max_new_tokens: found {max_new_tokens}, expected at least 1")
     if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
+        problems.append(f"temperature: found {temperature}, expected 0 (greedy) or above")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+        problems.append(f"top_k: found {top_k}, expected at least 1")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+        problems.append(f"top_p: found {top_p}, expected above 0 and at most 1")
     if temperature > 0 and key is None:
-        raise ValueError("temperature > 0 draws tokens: pass key=jax.random.key(seed)")
+        problems.append("key: found None, expected jax.random.key(seed): a temperature above 0 draws tokens")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -28,10 +28,10 @@ class Fields:
         """An integer in this range; `minimum` stands in for a wrong one."""
         value = self.get(field)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.refuse(field, f"must be an integer >= {minimum}, got {value!r}")
+            self.refuse(field, f"found {value!r}, expected an integer of at least {minimum}")
             return minimum
         if value > maximum:
-            self.refuse(field, f"must be at most {maximum}, got {value}")
+            self.refuse(field, f"found {value}, expected at most {maximum}")
             return minimum
         return value
 
@@ -40,7 +40,7 @@ class Fields:
         value = self.get(field)
         ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
-            self.refuse(field, f"must be null, a token id or a list of them, got {value!r}")
+            self.refuse(field, f"found {value!r}, expected null, a token id or a list of them")
             return ()
         return tuple(ids)
 
@@ -48,7 +48,7 @@ class Fields:
         """A positive finite number; 1.0 stands in for a wrong one."""
         value = self.get(field)
         if not is_positive_number(value):
-            self.refuse(field, f"must be a positive number, got {value!r}")
+            self.refuse(field, f"found {value!r}, expected a positive number")
             return 1.0
         return float(value)
 
@@ -60,7 +60,7 @@ class Fields:
         """A boolean; False stands in for a wrong one."""
         value = self.get(field)
         if not isinstance(value, bool):
-            self.refuse(field, f"must be true or false, got {value!r}")
+            self.refuse(field, f"found {value!r}, expected true or false")
             return False
         return value
 

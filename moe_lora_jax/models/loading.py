@@ -40,15 +40,14 @@ def load_base_model(
     Tensors are read one at a time from memory-mapped files, so the peak is the model plus one tensor. No random
     weights are made. Ids that end a text or pad come from generation_config.json where it states them.
 
-    On a mesh, every process reads from the files what its devices hold, and nothing else; `apply_moe_lora`,
-    `load_adapter`, `train` and `generate` then work there (`moe_lora_jax.sharding`).
+    On a mesh, every process reads only what its devices hold; `apply_moe_lora`, `load_adapter`, `train` and `generate`
+    then work on that mesh (`moe_lora_jax.sharding`).
 
     Args:
         directory: what `save_pretrained` of transformers wrote, for a supported architecture.
         dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
         scan_layers: run the layers as one scan, for a train step whose program does not grow with their number.
-            Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) loop all the
-            same.
+            Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) still loop.
         remat: recompute each layer in the backward pass: True, or a name of `models.repeat.POLICIES`. Saves memory on
             the CPU only together with `scan_layers`. Neither switch changes values, names or files.
         mesh: devices to spread the weights over, with some of the axes "data", "fsdp", "tensor" and "expert".
@@ -64,10 +63,10 @@ def load_base_model(
     check_remat(remat)
     wanted = None if dtype is None else jnp.dtype(dtype).name
     if wanted is not None and wanted not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+        raise ValueError(f"dtype: found {dtype!r}, expected None or one of {', '.join(DTYPES)}")
     directory = Path(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"cannot load {directory}", ["not a directory (models are read from local ones only)"])
+        raise CheckpointError(f"cannot load {directory}", ["found no directory, expected a local one"])
     stated = read_json(directory / "config.json")
     if (directory / "generation_config.json").is_file():
         generation = read_json(directory / "generation_config.json")
@@ -123,8 +122,8 @@ def _read(
     if sharding is not None:
         return read_sharded(shape, sharding, part)
     stored = files.read(name)
-    # A copy, always: whether safetensors returns memory of its own or of the mapped file is its business, and the
-    # model must not follow a file that is overwritten. JAX transposes while copying, faster than numpy does.
+    # Always a copy: safetensors may return memory of the mapped file, and the model must not change when somebody
+    # overwrites the file. JAX transposes while copying, faster than numpy does.
     return jnp.array((stored.T if is_kernel else stored).astype(dtype, copy=False), copy=True)
 
 
@@ -135,7 +134,10 @@ def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
         return _STORED_DTYPES.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
     declared = stated.get("dtype") or stated.get("torch_dtype")
     if declared is None:
-        raise CheckpointError(f"cannot load {files.directory}", [f"tensors are {', '.join(kinds)}: pass dtype="])
+        raise CheckpointError(
+            f"cannot load {files.directory}",
+            [f"tensors: found {', '.join(kinds)}, expected one dtype: choose one with dtype="],
+        )
     return declared
 
 
@@ -144,14 +146,16 @@ def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: Dec
     problems = [f"{key}: missing, expected shape {shape}" for key, shape in expected.items() if key not in files.infos]
     for key, (dtype, shape) in files.infos.items():
         if key in expected and shape != expected[key]:
-            problems.append(f"{key}: shape {shape}, expected {expected[key]}")
+            problems.append(f"{key}: found shape {shape}, expected {expected[key]}")
         if key in expected and dtype not in _STORED_DTYPES:
-            problems.append(f"{key}: stored as {dtype}, supported are {', '.join(_STORED_DTYPES)}")
+            problems.append(f"{key}: found {dtype}, expected one of {', '.join(_STORED_DTYPES)}")
         if key in expected or _INERT.fullmatch(key):
             continue
         if key != _HEAD or _EMBEDDING not in files.infos:
-            problems.append(f"{key}: unexpected, shape {shape}")
+            problems.append(f"{key}: unexpected tensor of shape {shape}")
         elif not np.array_equal(files.read(_HEAD), files.read(_EMBEDDING)):
-            problems.append(f"{_HEAD}: differs from {_EMBEDDING}, but config.json says tie_word_embeddings")
+            problems.append(
+                f"{_HEAD}: found other values, expected those of {_EMBEDDING}: config.json says tie_word_embeddings"
+            )
     if problems:
         raise CheckpointError(f"the weights in {files.directory} are not those of this {config.architecture}", problems)

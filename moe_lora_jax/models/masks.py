@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def real_positions(real: jax.Array) -> jax.Array:
     """Position of each token counted from the first real one of its row: bool [batch, seq] -> int32 [batch, seq].
 
-    Right for left padding, right padding and none; padding tokens get a position that nobody uses.
+    Right for left padding, right padding and none; padding tokens get an unused position.
     """
     return jnp.maximum(jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1, 0)
 

@@ -1,7 +1,7 @@
 """Frozen base weights in 8 or 4 bits (QLoRA, arXiv:2305.14314): W = scale * code, one scale for a block of inputs.
 
-The library is qwix (`pip install 'moe-lora-jax[quant]'`), which makes the codes and turns them back into numbers. A
-weight is turned back where it is used, and once more for the gradient of its input: it never waits in full precision.
+The library qwix (`pip install 'moe-lora-jax[quant]'`) makes the codes and turns them back into numbers. That happens
+where a weight is used, and once more for the gradient of its input; no copy in full precision is kept.
 """
 
 from functools import partial
@@ -88,14 +88,14 @@ class QuantizedEmbed(nnx.Module):
 def quantize_base(model: nnx.Module, kind: Kind, *, block_size: int = 32, embeddings: bool = True) -> nnx.Module:
     """Replaces the weights of every `nnx.Linear` and `nnx.Embed` of a base model by 8- or 4-bit ones, in place.
 
-    One layer after the other, each weight being freed when its codes are there. The adapter comes afterwards and stays
-    in its own dtype; what is trained this way is saved as always, and loads on the unquantised base.
+    One layer after the other; each weight is freed as soon as its codes exist. Apply the adapter afterwards: it keeps
+    its own dtype, is saved as always, and loads on the unquantised base.
 
     Args:
         model: a base model without an adapter.
         kind: "int8", "int4" (equal steps) or "nf4" (steps for normally distributed weights, QLoRA's).
         block_size: inputs with one scale; must divide every layer's. 32 costs half a bit a weight, 64 a quarter.
-        embeddings: whether to quantise embeddings too, which also are the head of a model with tied ones.
+        embeddings: whether to quantise embeddings too; with tied embeddings these are also the head.
 
     Raises:
         ImportError: qwix is not installed.
@@ -121,7 +121,7 @@ def quantize_base(model: nnx.Module, kind: Kind, *, block_size: int = 32, embedd
     if problems or not found:
         raise ConfigError("cannot quantise", problems or ["found no nnx.Linear or nnx.Embed in the model"])
     paths = [path for path, _ in found]
-    del found  # or the weights would live to the end
+    del found  # it would keep all weights in memory
     for path in paths:
         layer = dict(modules(model))[path]
         quantized = QuantizedLinear if isinstance(layer, nnx.Linear) else QuantizedEmbed

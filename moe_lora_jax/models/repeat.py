@@ -1,8 +1,8 @@
 """How a decoder runs its layers: one after the other or as one scan, with or without rematerialisation.
 
-The model keeps a list of layers in either form, so adapters, filters, checkpoints and generation do not know. A scan
-stacks the layers' variables inside the step: its body is one layer. What the stacking costs, a copy of the layers'
-weights and instructions for each of them, is gone when the step gets them stacked already (`models.stacked`).
+The model keeps a list of layers in either form, so adapters, filters, checkpoints and generation need not know. A scan
+stacks the layers' variables inside the step: its body is one layer. That costs a copy of the layers' weights, and
+instructions for each of them, unless the step gets them already stacked (`models.stacked`).
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_sav
 def check_remat(remat: bool | str) -> None:
     """Raises ValueError unless `remat` is a bool or the name of a policy of `jax.checkpoint_policies`."""
     if not isinstance(remat, bool) and remat not in POLICIES:
-        raise ValueError(f"remat must be True, False or one of {POLICIES}, got {remat!r}")
+        raise ValueError(f"remat: found {remat!r}, expected True, False or one of {', '.join(POLICIES)}")
 
 
 def run_layers(
@@ -35,7 +35,7 @@ def run_layers(
 ) -> jax.Array:
     """x after `x = call(layer, x, contexts[kind])` for every layer and its kind.
 
-    What the calls leave behind in the layers, RNG counts and what `nnx.capture` collects, is left there here too.
+    The layers keep what the calls leave in them: RNG counts, and what `nnx.capture` collects.
 
     Args:
         layers: the layers; for a scan alike in everything but the values of their variables.
@@ -103,7 +103,7 @@ def _check_alike(parts: Sequence[Any]) -> None:
     for index, (graphdef, *_) in enumerate(parts):
         if graphdef != parts[0][0] or shapes[index] != shapes[0]:
             raise ValueError(
-                f"scan_layers: layer {index} is not like layer 0, but a scan runs one program for all. Adapters that "
+                f"scan_layers: found layer {index} unlike layer 0, expected one program for all layers. Adapters that "
                 "differ by layer (targets, ranks, alphas, experts or top_k by pattern, a layerwise router) need a "
                 "model loaded with scan_layers=False"
             )

@@ -16,7 +16,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def plot_entropy(statistics: RouterStatistics, *, top_k: int | None = None) -> Figure:
-    """How many experts a token's gates are spread over, by layer: mean of -sum_e g log g, divided by log E.
+    """Over how many experts a token's gates spread, by layer: mean of -sum_e g log g, divided by log E.
 
     Args:
         statistics: from `router_statistics`.
@@ -72,7 +72,7 @@ def plot_balance(records: Records) -> Figure:
     """How evenly the experts were used during training: largest share anywhere, mean entropy, dead experts.
 
     Args:
-        records: lines of training/metrics.jsonl; those without a router's numbers are passed over.
+        records: lines of training/metrics.jsonl; those without a router's numbers are skipped.
     """
     routed = [r for r in records if "router_entropy" in r]
     if not routed:

@@ -1,4 +1,4 @@
-"""Heat maps over modules: which expert is used where, by which topic, and how alike the experts are."""
+"""Heat maps over modules: which expert is used where, for which topic, and how alike the experts are."""
 
 import math
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def plot_router(
         pad_id: the token that padding is made of; it is masked.
 
     Returns:
-        A matplotlib figure, which belongs to no window.
+        A matplotlib figure, without a window.
     """
     if isinstance(source, nnx.Module):
         if data is None:

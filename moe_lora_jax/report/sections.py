@@ -49,7 +49,7 @@ def topics(statistics: RouterStatistics | str) -> Section:
     if isinstance(statistics, str):
         return Section("topics", "Topics", text, missing=statistics)
     if len(statistics.topics) < 2:
-        missing = 'No topics: lines of the data that have a key "topic" are told apart by it, and there are not two.'
+        missing = 'No topics: found fewer than two values of the key "topic" in the lines of the data.'
         return Section("topics", "Topics", text, missing=missing)
     best = max(statistics.by_topic, key=lambda module: topic_information(statistics.by_topic[module]))
     favourites = ", ".join(
@@ -73,8 +73,8 @@ def entropy(statistics: RouterStatistics | str, top_k: int | None) -> Section:
 
 def similarity(found: Mapping[str, np.ndarray]) -> Section:
     text = (
-        "The cosine between the weight changes of two experts of a module. Experts that add the same are one expert "
-        "in two places; hatched cells have no value."
+        "The cosine between the weight changes of two experts of a module. Experts with cosine 1 do the same; "
+        "hatched cells have no value."
     )
     means = {module: mean_pairs(matrix) for module, matrix in found.items()}
     known = {module: mean for module, mean in means.items() if np.isfinite(mean)}

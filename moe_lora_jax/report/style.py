@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 INK = "#1a1a1b"  # text and lines; the HTML page replaces it by the colour of its text, light or dark
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#8A8A8A")  # Okabe and Ito; grey for black
-MARKERS = "osD^vPX"  # no line is known by its colour alone
+MARKERS = "osD^vPX"  # lines differ in more than colour
 WIDTH = 10.0  # inches
 
 _STYLE: Any = {

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from xxhash import xxh3_128
 
-from moe_lora_interop.errors import is_out_of_memory
+from moe_lora_interop.memory import is_out_of_memory
 from moe_lora_jax.processes import once, whole
 from moe_lora_jax.sharding import mesh_of, replicated
 from moe_lora_jax.train.errors import TrainingError

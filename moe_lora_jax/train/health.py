@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_jax.layers.router import RouterOutput
+from moe_lora_jax.layers.gating import RouterOutput
 from moe_lora_jax.layers.router_outputs import alike
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def router_sums(router: Mapping[str, RouterOutput], mask: jax.Array) -> dict[str
     """The statistics of one batch, per module; a split counts like a token of its own.
 
     Args:
-        router: {module path: RouterOutput, both fields [batch, seq, expert] or [batch, seq, split, expert]}.
+        router: {module path: RouterOutput, fields [batch, seq, expert] or [batch, seq, split, expert]}.
         mask: [batch, seq], nonzero for the tokens to look at; usually the attention mask.
     """
 

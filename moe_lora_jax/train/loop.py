@@ -18,7 +18,7 @@ from rich.console import Console
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
-from moe_lora_interop.errors import explained
+from moe_lora_interop.memory import explained
 from moe_lora_interop.progress_bar import progress
 from moe_lora_jax.adapters.checkpoint import save_pretrained
 from moe_lora_jax.adapters.filters import PARTS

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_jax.layers.gating import top_k_slots
-from moe_lora_jax.layers.router import RouterOutput
+from moe_lora_jax.layers.gating import RouterOutput
 from moe_lora_jax.layers.router_outputs import alike
 
 
@@ -50,7 +49,7 @@ def load_balancing_loss(
 
     P_e is the mean over real tokens of the router's probability of expert e: softmax(z), or the scores divided by their
     sum. With top-k, f_e is (tokens that choose e) / tokens, so sum_e f_e = k, and only P carries gradient; with dense
-    or threshold routing f_e is the mean gate (before routed_scaling_factor), which carries gradient too.
+    or threshold routing f_e is the mean gate, which carries gradient too.
 
         switch      mean over modules of E sum_e f_e P_e: 1 (times k for top-k) when experts are used equally
                     (Switch Transformer, arXiv:2101.03961, eq. 4-6)
@@ -60,7 +59,7 @@ def load_balancing_loss(
                     else 1 - delta; var unbiased (LoRAMoE, arXiv:2312.09979, peft/tuners/lora.py)
 
     Args:
-        router: {module path: RouterOutput, both fields [batch, seq, expert] or [batch, seq, split, expert]}, from
+        router: {module path: RouterOutput, fields [batch, seq, expert] or [batch, seq, split, expert]}, from
             `model(..., return_router=True)`.
         config: the model's adapter config.
         attention_mask: [batch, seq], nonzero for real tokens; None counts all.
@@ -77,41 +76,32 @@ def load_balancing_loss(
     if config.router_aux_loss == "localized":
         if task_types is None:
             raise ValueError("router_aux_loss localized needs task_types: 0 or 1 for every sample of the batch")
-        return _mean([_localized(gates, config, attention_mask, task_types) for _, gates in router.values()])
-    shares = [
-        jax.vmap(partial(_share_and_probability, top_k=top_k, config=config, attention_mask=attention_mask))(out)
-        for top_k, _, out in alike(router, lambda module: config.for_module(module).top_k)
+        delta = config.router_aux_loss_delta
+        return _mean([_localized(out.gates, delta, attention_mask, task_types) for out in router.values()])
+    uses = [
+        jax.vmap(partial(_use, counts_kept=counts_kept, attention_mask=attention_mask))(out)
+        for counts_kept, _, out in alike(router, lambda module: config.for_module(module).top_k is not None)
     ]
     if config.router_aux_loss == "mixtral":
-        share, probability = (jnp.mean(jnp.concatenate(parts), axis=0) for parts in zip(*shares, strict=True))
-        shares = [(share[None], probability[None])]
-    return _mean_of_modules([p.shape[-1] * jnp.sum(f * p, axis=-1) for f, p in shares])
+        share, probability = (jnp.mean(jnp.concatenate(parts), axis=0) for parts in zip(*uses, strict=True))
+        uses = [(share[None], probability[None])]
+    return _mean_of_modules([p.shape[-1] * jnp.sum(f * p, axis=-1) for f, p in uses])
 
 
-def _share_and_probability(
-    out: RouterOutput, *, top_k: int | None, config: MoeLoraConfig, attention_mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _use(out: RouterOutput, *, counts_kept: bool, attention_mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """f and P of one module, [..., expert]."""
-    z = jnp.abs(out.logits) if config.scoring_func == "abs_softmax" else out.logits
-    score = jax.nn.sigmoid(z) if config.scoring_func == "sigmoid" else jax.nn.softmax(z, axis=-1)
-    if top_k is None:
-        chosen = out.gates / config.routed_scaling_factor
-    else:
-        chosen = jnp.any(top_k_slots(z, top_k), axis=-2).astype(jnp.float32)
-    probability = score / jnp.sum(score, axis=-1, keepdims=True)
-    return _token_mean(chosen, attention_mask), _token_mean(probability, attention_mask)
+    probabilities = out.scores / jnp.sum(out.scores, axis=-1, keepdims=True)
+    share = out.kept.astype(probabilities.dtype) if counts_kept else out.gates
+    return _token_mean(share, attention_mask), _token_mean(probabilities, attention_mask)
 
 
-def _localized(
-    gates: jax.Array, config: MoeLoraConfig, attention_mask: jax.Array | None, task_types: jax.Array
-) -> jax.Array:
+def _localized(gates: jax.Array, delta: float, attention_mask: jax.Array | None, task_types: jax.Array) -> jax.Array:
     if gates.ndim == 4:
         gates = jnp.mean(gates, axis=2)
     real = jnp.ones(gates.shape[:2]) if attention_mask is None else (attention_mask > 0).astype(jnp.float32)
-    use = jnp.einsum("bse,bs->be", gates / config.routed_scaling_factor, real)
+    use = jnp.einsum("bse,bs->be", gates, real)
     first_half = jnp.arange(gates.shape[-1]) < gates.shape[-1] // 2
     wanted = first_half[None, :] == (jnp.asarray(task_types)[:, None] == 1)
-    delta = config.router_aux_loss_delta
     weighted = use * jnp.where(wanted, 1.0 + delta, 1.0 - delta)
     return jnp.var(weighted, ddof=1) / (jnp.mean(weighted) ** 2 + 1e-10)
 

@@ -9,7 +9,7 @@ import numpy as np
 from moe_lora_interop.checkpoint.implied_tensors import layout_problems
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.modules import traversal_order
-from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.tensors import Sizes
 
 
@@ -38,8 +38,7 @@ class Adapter:
             raise CheckpointError("the tensors do not fit the config", problems)
         config = self.config.resolved(self.modules)
         if config.layerwise and config.module_order is None:
-            routed = [m for m in self.modules if config.for_module(m).has_router]
-            config = dataclasses.replace(config, module_order=traversal_order(routed))
+            config = dataclasses.replace(config, module_order=traversal_order(config.routed(self.modules)))
         object.__setattr__(self, "config", config)
 
     @property
@@ -57,10 +56,10 @@ def config_sizes(config: MoeLoraConfig) -> Sizes:
     """The sizes that only a config knows, as `moe_lora_interop.rules.tensors` asks for them."""
 
     def sizes(module: str) -> dict[str, int | tuple[int, ...]]:
-        try:
-            of_module = config.for_module(module)
-        except ConfigError:  # said for all modules at once by `layout_problems`
+        fitting, _ = config.fitting([module])
+        if not fitting:  # said for all modules at once by `layout_problems`
             return {}
+        of_module = fitting[module]
         return {"expert": of_module.num_experts, "rank": of_module.ranks, "split": config.n_splits}
 
     return sizes

@@ -57,20 +57,16 @@ def expected_tensors(config: MoeLoraConfig, modules: list[str]) -> dict[Slot, di
 def _expected(config: MoeLoraConfig, modules: list[str]) -> tuple[dict[Slot, dict[str, int]], list[str]]:
     """What the config implies for the modules that it fits, and why it does not fit others."""
     expected: dict[Slot, dict[str, int]] = {}
-    routed: list[str] = []
-    problems: list[str] = []
+    fitting, problems = config.fitting(modules)
     for module in modules:
-        try:
-            sizes = config.for_module(module)
-        except ConfigError as error:
-            problems.extend(error.problems)
+        if module not in fitting:
             expected |= {(module, "lora_A"): {}, (module, "lora_B"): {}}
             continue
+        sizes = fitting[module]
         ranks = {"rank": sizes.rank}
         expected[module, "lora_A"] = {"expert": 1 if config.shared_lora_A else sizes.num_experts} | ranks
         expected[module, "lora_B"] = {"expert": sizes.num_experts} | ranks
-        if sizes.has_router:
-            routed.append(module)
+    routed = [module for module, sizes in fitting.items() if sizes.has_router]
     try:
         for owner in router_owners(config, routed):
             experts = config.for_module(owner).num_experts if owner else config.num_experts
@@ -119,10 +115,8 @@ def _shape_problems(label: str, role: str, tensor: np.ndarray, sizes: Mapping[st
 
 def _padding_problems(config: MoeLoraConfig, module: str, role: str, tensor: np.ndarray) -> Iterator[str]:
     """Values beyond an expert's own rank, which is smaller than its siblings': they must be zero."""
-    try:
-        ranks = config.for_module(module).ranks
-    except ConfigError:
-        return
+    fitting, _ = config.fitting([module])
+    ranks = fitting[module].ranks if fitting else ()
     for expert, rank in enumerate(ranks if len(set(ranks)) > 1 else ()):
         beyond = tensor[expert, rank:] if role == "lora_A" else tensor[expert, :, rank:]
         if np.count_nonzero(beyond):

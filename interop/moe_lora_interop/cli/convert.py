@@ -15,8 +15,9 @@ from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
 from moe_lora_interop.disk.atomic import require_empty
-from moe_lora_interop.errors import ConfigError, explained
+from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.export.combining import combine as combine_adapters
+from moe_lora_interop.memory import explained
 from moe_lora_interop.rules.configs import options_of
 from moe_lora_interop.rules.dialect import REQUIRED, Dialect
 

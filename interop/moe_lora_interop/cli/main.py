@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from moe_lora_interop.cli.flags_file import with_file
-from moe_lora_interop.errors import NEXT_STEPS, CheckpointError, ConfigError, expected, explanation, is_out_of_memory
+from moe_lora_interop.errors import CheckpointError, ConfigError, expected
+from moe_lora_interop.memory import NEXT_STEPS, explanation, is_out_of_memory
 
 GROUP = "moe_lora.verbs"
 # The first lines of our verbs' docstrings (a test compares): to import the verbs for them would take seconds.

@@ -24,24 +24,44 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from moe_lora_interop.config import validation
+from moe_lora_interop.config.allowed import (
+    ALPHA,
+    ALPHA_PATTERN,
+    BOOL,
+    FRACTION,
+    LAYER_NAMES,
+    LAYERS,
+    MODULE_NAMES,
+    MODULE_PATHS,
+    NOT_NEGATIVE,
+    NUM_EXPERTS_PATTERN,
+    OBJECT,
+    POSITIVE,
+    PROBABILITY,
+    RANK,
+    RANK_PATTERN,
+    TARGETS,
+    TEXT,
+    TOP_K_PATTERN,
+    exactly,
+    integer,
+    one_of,
+    optional,
+)
+from moe_lora_interop.config.combinations import clashes
 from moe_lora_interop.config.patterns import first_match, pattern_for
 from moe_lora_interop.config.presets import PRESETS, SHARE
 from moe_lora_interop.config.targets import Targets
-from moe_lora_interop.config.validation import FORMAT_VERSION, PEFT_TYPE
-from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.errors import ConfigError, expected
 
-# Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes.
-BOOKKEEPING = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
-
-
+FORMAT_VERSION = 1
+PEFT_TYPE = "MOE_LORA"
 PATTERNS = {
     "rank_pattern": "r",
     "alpha_pattern": "lora_alpha",
@@ -115,112 +135,137 @@ class MoeLoraConfig:
         ConfigError: with one entry per wrong field: what was found and what is allowed.
     """
 
-    r: int | list[int] = 8
-    lora_alpha: float | list[float] = 16
-    use_rslora: bool = False
-    num_experts: int = 4
-    shared_lora_A: bool = False
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    rank_pattern: dict[str, int | list[int]] = dataclasses.field(default_factory=dict)
-    alpha_pattern: dict[str, float | list[float]] = dataclasses.field(default_factory=dict)
-    num_experts_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
-    top_k_pattern: dict[str, int | None] = dataclasses.field(default_factory=dict)
-    init_lora_weights: bool = True
-    modules_to_save: list[str] | None = None
+    r: int | list[int] = field(default=8, metadata=RANK)
+    lora_alpha: float | list[float] = field(default=16, metadata=ALPHA)
+    use_rslora: bool = field(default=False, metadata=BOOL)
+    num_experts: int = field(default=4, metadata=integer(1))
+    shared_lora_A: bool = field(default=False, metadata=BOOL)
+    target_modules: str | list[str] | None = field(default=None, metadata=optional(TARGETS, 'null, "all-linear", '))
+    exclude_modules: str | list[str] | None = field(default=None, metadata=optional(TARGETS, "null, "))
+    layers_to_transform: int | list[int] | None = field(default=None, metadata=optional(LAYERS, "null, "))
+    layers_pattern: str | list[str] | None = field(default=None, metadata=optional(LAYER_NAMES, "null, "))
+    rank_pattern: dict[str, int | list[int]] = field(default_factory=dict, metadata=RANK_PATTERN)
+    alpha_pattern: dict[str, float | list[float]] = field(default_factory=dict, metadata=ALPHA_PATTERN)
+    num_experts_pattern: dict[str, int] = field(default_factory=dict, metadata=NUM_EXPERTS_PATTERN)
+    top_k_pattern: dict[str, int | None] = field(default_factory=dict, metadata=TOP_K_PATTERN)
+    init_lora_weights: bool = field(default=True, metadata=BOOL)
+    modules_to_save: list[str] | None = field(default=None, metadata=optional(MODULE_NAMES))
 
-    scope: str = "linear"
-    router_input: str = "hidden"
-    router_depth: int = 1
-    router_hidden_size: int | None = None
-    num_tasks: int | None = None
-    task_embedding_dim: int | None = None
-    layerwise: bool = False
-    module_order: list[str] | None = None
-    mix: str = "outputs"
-    n_splits: int = 1
-    router_bias: bool = False
-    scoring_func: str = "softmax"
-    router_temperature: float = 1.0
-    top_k: int | None = None
-    threshold: float | None = None
-    adaptive_threshold: bool = False
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
+    scope: str = field(default="linear", metadata=one_of("linear", "ffn", "model"))
+    router_input: str = field(default="hidden", metadata=one_of("hidden", "task"))
+    router_depth: int = field(default=1, metadata=integer(0))
+    router_hidden_size: int | None = field(default=None, metadata=optional(integer(1)))
+    num_tasks: int | None = field(default=None, metadata=optional(integer(1)))
+    task_embedding_dim: int | None = field(default=None, metadata=optional(integer(1)))
+    layerwise: bool = field(default=False, metadata=BOOL)
+    module_order: list[str] | None = field(default=None, metadata=optional(MODULE_PATHS))
+    mix: str = field(default="outputs", metadata=one_of("outputs", "weights"))
+    n_splits: int = field(default=1, metadata=integer(1))
+    router_bias: bool = field(default=False, metadata=BOOL)
+    scoring_func: str = field(default="softmax", metadata=one_of("softmax", "abs_softmax", "sigmoid"))
+    router_temperature: float = field(default=1.0, metadata=POSITIVE)
+    top_k: int | None = field(default=None, metadata=optional(integer(1), "null (dense) or "))
+    threshold: float | None = field(default=None, metadata=optional(PROBABILITY))
+    adaptive_threshold: bool = field(default=False, metadata=BOOL)
+    norm_topk_prob: bool = field(default=True, metadata=BOOL)
+    routed_scaling_factor: float = field(default=1.0, metadata=POSITIVE)
 
-    lora_dropout: float = 0.0
-    expert_dropout: float = 0.0
-    router_dropout: float = 0.0
-    router_jitter_noise: float = 0.0
-    router_aux_loss: str = "switch"
-    router_aux_loss_delta: float = 0.0
-    router_aux_loss_coef: float = 0.0
-    router_z_loss_coef: float = 0.0
+    lora_dropout: float = field(default=0.0, metadata=FRACTION)
+    expert_dropout: float = field(default=0.0, metadata=FRACTION)
+    router_dropout: float = field(default=0.0, metadata=FRACTION)
+    router_jitter_noise: float = field(default=0.0, metadata=FRACTION)
+    router_aux_loss: str = field(default="switch", metadata=one_of("switch", "mixtral", "localized"))
+    router_aux_loss_delta: float = field(default=0.0, metadata=FRACTION)
+    router_aux_loss_coef: float = field(default=0.0, metadata=NOT_NEGATIVE)
+    router_z_loss_coef: float = field(default=0.0, metadata=NOT_NEGATIVE)
 
-    format_version: int = FORMAT_VERSION
-    peft_type: str = PEFT_TYPE
-    base_model_name_or_path: str | None = dataclasses.field(default=None, compare=False)
-    revision: str | None = dataclasses.field(default=None, compare=False)
-    task_type: str | None = dataclasses.field(default=None, compare=False)
-    inference_mode: bool = dataclasses.field(default=False, compare=False)
-    auto_mapping: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
-    peft_version: str | None = dataclasses.field(default=None, compare=False)
+    format_version: int = field(default=FORMAT_VERSION, metadata=exactly(FORMAT_VERSION))
+    peft_type: str = field(default=PEFT_TYPE, metadata=exactly(PEFT_TYPE))
+    base_model_name_or_path: str | None = field(default=None, compare=False, metadata=optional(TEXT))
+    revision: str | None = field(default=None, compare=False, metadata=optional(TEXT))
+    task_type: str | None = field(default=None, compare=False, metadata=optional(TEXT))
+    inference_mode: bool = field(default=False, compare=False, metadata=BOOL)
+    auto_mapping: dict[str, Any] | None = field(default=None, compare=False, metadata=optional(OBJECT))
+    peft_version: str | None = field(default=None, compare=False, metadata=optional(TEXT))
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        right: dict[str, Any] = {}
+        problems: list[str] = []
+        for f in dataclasses.fields(self):
+            words = f.metadata["words"]
             try:
-                object.__setattr__(self, field.name, _as_json(getattr(self, field.name)))
+                value = _as_json(getattr(self, f.name))
             except RecursionError:
-                problem = f"{field.name}: nested too deeply, expected {validation.FIELD_RULES[field.name][1]}"
-                raise ConfigError("invalid MoeLoraConfig", [problem]) from None
-        if isinstance(self.target_modules, list) and all(isinstance(t, str) for t in self.target_modules):
-            object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
-        problems = validation.problems(self)
+                problems.append(f"{f.name}: nested too deeply, expected {words}")
+                continue
+            object.__setattr__(self, f.name, value)
+            if f.metadata["holds"](value):
+                right[f.name] = value
+            else:
+                problems.append(f"{f.name}: found {value!r}, expected {words}")
+        problems += clashes(right)
         if problems:
             raise ConfigError("invalid MoeLoraConfig", problems)
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", sorted(set(self.target_modules)))
 
-    def __hash__(self) -> int:
-        return hash(json.dumps(_floats(self.semantic_dict()), sort_keys=True))  # 16 and 16.0 are equal
+    def __hash__(self) -> int:  # lists and patterns apart: they need not; 16 and 16.0 hash alike
+        return hash(tuple(v for v in self.semantic_dict().values() if not isinstance(v, list | dict)))
 
     @property
     def targets(self) -> Targets:
         """Which module paths the adapter is applied to."""
-        return Targets(
-            self.target_modules,
-            self.exclude_modules,
-            self.layers_to_transform,
-            self.layers_pattern,
-            self.modules_to_save,
-        )
+        return Targets(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Targets)})
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        """Whether the gates of every token sum to 1, in training too.
+
+        That is with norm_topk_prob, and without threshold (nothing may be kept), scaling factor and expert_dropout.
+        """
+        is_scaled = self.routed_scaling_factor != 1 or self.expert_dropout > 0
+        return self.norm_topk_prob and self.threshold is None and not is_scaled
 
     def for_module(self, module: str) -> "ModuleConfig":
-        """The sizes and selection of one target module, after the patterns.
+        """`for_modules` of one module."""
+        return self.for_modules([module])[module]
+
+    def for_modules(self, modules: Iterable[str]) -> dict[str, "ModuleConfig"]:
+        """The sizes and selection of each target module, after the patterns.
 
         Raises:
-            ConfigError: the patterns give this module a per-expert list of the wrong length or top_k > num_experts.
+            ConfigError: the patterns give modules per-expert lists of the wrong length, top_k > num_experts, or what
+                the fields would not allow together; with every problem of every module.
         """
-        experts = first_match(self.num_experts_pattern, module, self.num_experts)
-        ranks = _per_expert(first_match(self.rank_pattern, module, self.r), experts)
-        alphas = _per_expert(first_match(self.alpha_pattern, module, self.lora_alpha), experts)
-        top_k = first_match(self.top_k_pattern, module, self.top_k) if experts > 1 else None
-        problems = [
-            f"{module}: {name} has {len(values)} entries, expected one number or {experts} (num_experts of this module)"
-            for name, values in (("r", ranks), ("lora_alpha", alphas))
-            if len(values) != experts
-        ]
-        if top_k is not None and top_k > experts:
-            problems.append(f"{module}: top_k is {top_k}, expected at most {experts} (num_experts of this module)")
-        if self.shared_lora_A and len(set(ranks)) > 1:
-            problems.append(f"{module}: shared_lora_A with unequal ranks {list(ranks)}, expected one rank")
-        if self.mix == "weights" and (len(set(ranks)) > 1 or len(set(alphas)) > 1):
-            problems.append(f"{module}: mix = weights with unequal r or lora_alpha, expected one of each")
-        if self.scope == "model" and experts not in (1, self.num_experts):
-            problems.append(f"{module}: num_experts is {experts}, expected {self.num_experts} (one router) or 1 (none)")
+        found, problems = self.fitting(modules)
         if problems:
             raise ConfigError("the patterns do not fit together", problems)
-        return ModuleConfig(experts, ranks, alphas, self.use_rslora, top_k, self.shared_lora_A)
+        return found
+
+    def fitting(self, modules: Iterable[str]) -> tuple[dict[str, "ModuleConfig"], list[str]]:
+        """`for_modules` of those that the patterns fit, and the problems of the others."""
+        found: dict[str, ModuleConfig] = {}
+        problems: list[str] = []
+        for module in modules:
+            own = {n: first_match(getattr(self, pattern), module, getattr(self, n)) for pattern, n in PATTERNS.items()}
+            experts = own["num_experts"]
+            own["top_k"] = own["top_k"] if experts > 1 else None
+            wrong = clashes({**own, "shared_lora_A": self.shared_lora_A, "mix": self.mix, "scope": self.scope})
+            if self.scope == "model" and experts not in (1, self.num_experts):
+                wrong.append(f"num_experts: found {experts}, expected {self.num_experts} (one router) or 1 (none)")
+            problems += [f"{module}: {problem}" for problem in wrong]
+            if not wrong:
+                ranks, alphas = (_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
+                found[module] = ModuleConfig(experts, ranks, alphas, self.use_rslora, own["top_k"], self.shared_lora_A)
+        return found, problems
+
+    def routed(self, modules: Iterable[str]) -> list[str]:
+        """Those of `modules` that a router serves, in the same order.
+
+        Raises:
+            ConfigError: as `for_modules`.
+        """
+        return [module for module, sizes in self.for_modules(modules).items() if sizes.has_router]
 
     def resolved(self, modules: Iterable[str]) -> "MoeLoraConfig":
         """The same function on these modules, said in one way, so that two configs can be compared.
@@ -231,8 +276,8 @@ class MoeLoraConfig:
         names = sorted(modules)
         owners = names + (sorted({m.rpartition(".")[0] for m in names}) if self.scope == "ffn" else [])
         patterns = {}
-        for pattern, field in PATTERNS.items():
-            default = getattr(self, field)
+        for pattern, name in PATTERNS.items():
+            default = getattr(self, name)
             values = {m: first_match(getattr(self, pattern), m, default) for m in owners}
             patterns[pattern] = pattern_for(values, default) if getattr(self, pattern) else {}
         others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
@@ -241,6 +286,10 @@ class MoeLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary of every field; the inverse of `from_dict`."""
         return {f.name: _as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def semantic_dict(self) -> dict[str, Any]:
+        """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
+        return {k: v for k, v in self.to_dict().items() if k not in BOOKKEEPING}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MoeLoraConfig":
@@ -283,15 +332,14 @@ class MoeLoraConfig:
             ConfigError: no preset of this name, or fields that do not go with it.
         """
         if name not in PRESETS:
-            problem = f"preset: found {name!r}, expected one of {', '.join(sorted(PRESETS))}"
-            raise ConfigError("unknown preset", [problem])
+            raise ConfigError("unknown preset", [f"preset: found {name!r}, {expected(name, PRESETS)}"])
         values = {**PRESETS[name], **fields}
         experts = values.get("num_experts", cls.num_experts)
         return cls(**{k: 1 / experts if v is SHARE else v for k, v in values.items()})
 
-    def semantic_dict(self) -> dict[str, Any]:
-        """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
-        return {k: v for k, v in self.to_dict().items() if k not in BOOKKEEPING}
+
+BOOKKEEPING = tuple(f.name for f in dataclasses.fields(MoeLoraConfig) if not f.compare)
+"""Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes."""
 
 
 @dataclass(frozen=True)
@@ -323,14 +371,6 @@ class ModuleConfig:
 
 def _per_expert(value: Any, experts: int) -> tuple:
     return tuple(value) if isinstance(value, list) else (value,) * experts
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _floats(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_floats(v) for v in value]
-    return float(value) if isinstance(value, int) else value
 
 
 def _as_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ from moe_lora_interop.config.adapter_config import MoeLoraConfig
 
 
 class GatesRule(Protocol):
-    """How gates follow from logits: the fields of this meaning in a config, or in one module's rule."""
+    """How gates follow from logits: the fields for it, which a config has, and the routing of one layer too."""
 
     @property
     def scoring_func(self) -> str: ...
@@ -26,18 +26,18 @@ def routing_in_words(config: MoeLoraConfig) -> str:
     """The routing rule of a config in one line, from the router's input to the gates."""
     if config.num_experts == 1 and not config.num_experts_pattern:
         return "none, one expert (plain LoRA)"
-    logits = "z = R x" + (" + b" if config.router_bias else "")
+    logits = "R x + b" if config.router_bias else "R x"
     if config.router_temperature != 1:
-        logits = f"z = ({logits[4:]}) / {config.router_temperature:g}"
+        logits = f"({logits}) / {config.router_temperature:g}"
     by_module = f" (top_k per module: {config.top_k_pattern})" if config.top_k_pattern else ""
-    return f"{logits}, {gates_in_words(config, by_module)}"
+    return f"z = {logits}, {gates_in_words(config, by_module)}"
 
 
 def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
     """From logits z to gates in one line.
 
     Args:
-        by_module: said after what is kept.
+        by_module: added to what is kept, where that differs by module.
     """
     score = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)"}[rule.scoring_func]
     if rule.top_k is not None:

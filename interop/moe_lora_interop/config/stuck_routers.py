@@ -1,4 +1,4 @@
-"""The one routing rule that cannot be trained, and the one place that says so."""
+"""The one routing rule that cannot be trained, renormalised top-1, and the warning of it."""
 
 import warnings
 from collections.abc import Iterable
@@ -7,23 +7,22 @@ from moe_lora_interop.config.adapter_config import MoeLoraConfig
 
 
 def stuck_routers(config: MoeLoraConfig, modules: Iterable[str]) -> list[str]:
-    """Those of `modules` whose router is renormalised top-1: its only gate is always 1, whatever the logits are."""
+    """Those of `modules` whose router keeps one expert and renormalises: its gate is always 1, whatever the logits."""
     if not config.norm_topk_prob or config.adaptive_threshold:
         return []
-    sizes = {m: config.for_module(m) for m in modules}
-    return [m for m, s in sizes.items() if s.has_router and s.top_k == 1]
+    return [m for m, sizes in config.for_modules(modules).items() if sizes.has_router and sizes.top_k == 1]
 
 
 def warn_of_stuck_routers(config: MoeLoraConfig, modules: Iterable[str]) -> None:
     """For whoever applies `config` to these modules in order to train.
 
     Warns:
-        UserWarning: once for all of them; Python shows a repetition of the same words only once.
+        UserWarning: one for all of them.
     """
     if stuck := stuck_routers(config, modules):
         warnings.warn(
             f"{len(stuck)} routers ({stuck[0]}, ...) have top_k=1 and norm_topk_prob=True: their gate is always 1, so "
             "the language-model loss gives them no gradient and they cannot learn; use top_k=2 or norm_topk_prob=False",
             UserWarning,
-            stacklevel=1,  # here, wherever it is asked from: so that Python notices the repetition
+            stacklevel=1,  # this line, whoever calls: Python then shows the same words only once
         )

@@ -12,13 +12,13 @@ _registered: dict[str, Dialect] = {}
 
 
 def register_dialect(dialect: Dialect) -> None:
-    """Adds a layout for this process; a package adds one for good by an entry point in the group `moe_lora.dialects`.
+    """Adds a layout for this process. A package adds one for good by an entry point in the group `moe_lora.dialects`.
 
     Raises:
         CheckpointError: another layout has this name.
     """
     if _all().get(dialect.name, dialect) != dialect:
-        raise CheckpointError("the layout is not new", [f"{dialect.name!r}: another layout has this name"])
+        raise CheckpointError("cannot register the layout", [f"{dialect.name!r}: another layout has this name"])
     _registered[dialect.name] = dialect
 
 
@@ -45,5 +45,5 @@ def _all() -> dict[str, Dialect]:
 
 @functools.cache
 def _installed() -> tuple[Dialect, ...]:
-    """Those of other packages; looked for once, because it takes longer than reading a small adapter."""
+    """Those of other packages; searched once, because that takes longer than reading a small adapter."""
     return tuple(point.load() for point in entry_points(group=GROUP))

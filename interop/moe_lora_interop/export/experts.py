@@ -16,8 +16,7 @@ def expert_lora(adapter: Adapter, expert: int) -> Adapter:
     A module without a router (plain LoRA) belongs to every expert, and so does a shared A.
     """
     factors = {}
-    for module in adapter.modules:
-        sizes = adapter.config.for_module(module)
+    for module, sizes in adapter.config.for_modules(adapter.modules).items():
         index = expert if sizes.has_router else 0
         if index >= sizes.num_experts:
             continue
@@ -31,7 +30,7 @@ def expert_lora(adapter: Adapter, expert: int) -> Adapter:
 def expert_notes(adapter: Adapter) -> list[str]:
     """What the directories do not say of the mixture, one line each."""
     config = adapter.config
-    sizes = {m: config.for_module(m) for m in adapter.modules}
+    sizes = config.for_modules(adapter.modules)
     counts = {m: s.num_experts for m, s in sizes.items() if s.has_router}
     notes = ["The router is lost: each directory is one expert alone, as if it were always chosen with weight 1."]
     if plain := [m for m, s in sizes.items() if not s.has_router]:
@@ -44,9 +43,9 @@ def expert_notes(adapter: Adapter) -> list[str]:
     if config.routed_scaling_factor != 1:
         notes.append(f"routed_scaling_factor {config.routed_scaling_factor:g} is not applied.")
     if config.mix == "weights":
-        notes.append("The mixture averages A and B before they are multiplied; it is no sum of these directories.")
+        notes.append("The mixture averages A and B before they are multiplied; it is not a sum of these directories.")
     if config.scope == "ffn":
-        notes.append("The mixture averages outputs of whole feed-forward blocks; it is no sum of these directories.")
+        notes.append("The mixture averages outputs of whole feed-forward blocks; it is not a sum of these directories.")
     return notes
 
 
@@ -71,7 +70,7 @@ def export_lora_experts(
         raise CheckpointError(
             "cannot be exported", [f"modules_to_save: found {config.modules_to_save}, expected null: not in the file"]
         )
-    number = max(config.for_module(m).num_experts for m in adapter.modules)
+    number = max(sizes.num_experts for sizes in config.for_modules(adapter.modules).values())
     for expert in tracked(range(number), on_progress):
         what = f"Expert {expert} of {number}, an ordinary LoRA adapter."
         text = readme(f"LoRA expert {expert}", what, notes, config)

@@ -21,8 +21,9 @@ def fixed_gates_lora(adapter: Adapter, gates: Gates, *, on_progress: OnProgress 
         outputs:  A = concat_e A_e [sum r_e, in],  B = concat_e g_e s_e B_e [out, sum r_e];  B A = sum_e g_e s_e B_e A_e
         weights:  A = [sum_e g_qe A_e,q for splits q],  B = s [sum_e g_qe B_e,q for splits q], of rank r
 
-    r = lora_alpha, so that PEFT's own scaling is 1. Experts with gate 0 are left out, and so are modules without any
-    other. A module without a router keeps its delta. With a shared A the B's are summed, and the rank stays r.
+    r = lora_alpha, so that PEFT's own scaling is 1. Experts with gate 0 are left out, and so are modules
+    whose gates are all 0. A module without a router keeps its delta. With a shared A the B's are summed, and the rank
+    stays r.
 
     Args:
         adapter: the mixture.

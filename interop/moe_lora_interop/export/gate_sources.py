@@ -14,19 +14,19 @@ from moe_lora_interop.config.modules import block_of
 from moe_lora_interop.errors import CheckpointError, ConfigError
 
 Gates = dict[str, np.ndarray]
-"""{routed module: [split, expert]}, as the router emits them: routed_scaling_factor included."""
+"""{routed module: [split, expert]}, as the experts are weighted: routed_scaling_factor included."""
 
 
 def routed_modules(adapter: Adapter) -> list[str]:
     """The modules that have a router or are served by one."""
-    return [m for m in adapter.modules if adapter.config.for_module(m).has_router]
+    return adapter.config.routed(adapter.modules)
 
 
 def uniform_gates(adapter: Adapter) -> Gates:
     """1 / E for every expert, times routed_scaling_factor."""
     config = adapter.config
-    counts = {m: config.for_module(m).num_experts for m in routed_modules(adapter)}
-    return {m: np.full((config.n_splits, n), config.routed_scaling_factor / n) for m, n in counts.items()}
+    sizes = {m: (config.n_splits, of.num_experts) for m, of in config.for_modules(routed_modules(adapter)).items()}
+    return {m: np.full(size, config.routed_scaling_factor / size[1]) for m, size in sizes.items()}
 
 
 def gates_from_file(adapter: Adapter, path: str | os.PathLike[str]) -> Gates:

@@ -1,4 +1,4 @@
-"""A mixture of feed-forward blocks on a Llama or Mistral IS a Mixtral: written out as one, for any server to run."""
+"""A mixture of feed-forward blocks on a Llama or Mistral computes what a Mixtral computes: written as one."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its name, dtype and shape now, its values when it is its turn."""
+    """A tensor to write: its name, dtype and shape are known; `make` computes its values when it is written."""
 
     name: str
     info: TensorInfo
@@ -103,7 +103,7 @@ def export_mixtral(
         if not wrong:
             problems += fit_problems(adapter, model)
         if problems:
-            raise CheckpointError("this mixture is no Mixtral", problems)
+            raise CheckpointError("this mixture cannot be written as a Mixtral", problems)
         plan = [_cast(tensor, dtype) for tensor in _plan(adapter, model)]
         config = _config(adapter, model, plan)
         notes = _notes(adapter, plan)
@@ -133,7 +133,7 @@ def _notes(adapter: Adapter, plan: list[Planned]) -> list[str]:
 
 def _plan(adapter: Adapter, base: BaseModel) -> Iterator[Planned]:
     """Every tensor of the Mixtral, layer by layer, in the order of the base's names."""
-    routed = {block_of(m): m for m in adapter.modules if adapter.config.for_module(m).has_router}
+    routed = {block_of(m): m for m in adapter.config.routed(adapter.modules)}
     experts = adapter.config.for_module(next(iter(routed.values()))).num_experts
     for name in sorted(base.infos, key=_order):
         if INERT.fullmatch(name) or (name == _HEAD and base.config.get("tie_word_embeddings")):
@@ -176,7 +176,7 @@ def _router(adapter: Adapter, block: str) -> np.ndarray:
 
 
 def _counted(plan: list[Planned], on_progress: OnProgress) -> list[Planned]:
-    """The plan, each of whose tensors says that it has been made."""
+    """The same plan; each tensor reports when it is made."""
     done = itertools.count(1)
 
     def made(tensor: Planned) -> np.ndarray:
@@ -193,7 +193,7 @@ def _cast(tensor: Planned, dtype: str | None) -> Planned:
 
 
 def _config(adapter: Adapter, base: BaseModel, plan: list[Planned]) -> dict[str, Any]:
-    stated, routed = base.config, next(m for m in adapter.modules if adapter.config.for_module(m).has_router)
+    stated, routed = base.config, adapter.config.routed(adapter.modules)[0]
     is_mistral = stated["architectures"] == ["MistralForCausalLM"]
     defaults = _SHARED | (_MISTRAL if is_mistral else {})
     sizes = adapter.config.for_module(routed)

@@ -11,7 +11,7 @@ from moe_lora_interop.disk.model_directory import BaseModel
 PROJECTIONS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _MODULES = (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}" for p in PROJECTIONS))
 INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Fields of the base's config that change what it computes, with the values that Mixtral has no field for.
+# Fields of the base's config that change what it computes and that Mixtral lacks, with the values that change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
@@ -40,7 +40,7 @@ def base_problems(base: BaseModel) -> list[str]:
     if architectures[0] == "LlamaForCausalLM" and config.get("sliding_window") is not None:
         problems.append(f"base: sliding_window: found {config['sliding_window']!r}, which Llama ignores")
     layers = config.get("num_hidden_layers")
-    # the names below are made in memory, and config.json may say anything
+    # checked first: the names below are made in memory, and config.json may say any number
     if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= len(base.infos):
         most = f"a number from 1 to {len(base.infos)}, of tensors in the files"
         return [*problems, f"base: num_hidden_layers: found {layers!r}, expected {most}"]
@@ -63,7 +63,7 @@ def base_names(layers: int) -> set[str]:
 def adapter_problems(adapter: Adapter) -> list[str]:
     """Why this mixture's routing is not that of Mixtral, whatever the base."""
     c = adapter.config
-    top_ks = {c.for_module(m).top_k for m in adapter.modules if c.for_module(m).has_router}
+    top_ks = {sizes.top_k for sizes in c.for_modules(adapter.modules).values() if sizes.has_router}
     dense = top_ks <= {None}
     reasons = (
         (c.scope != "ffn", f"scope: found {c.scope}, expected ffn: Mixtral mixes whole feed-forward blocks"),
@@ -80,7 +80,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
 def fit_problems(adapter: Adapter, base: BaseModel) -> Iterator[str]:
     """Why the mixture's modules are not those of a Mixtral made from this base."""
     layers = base.config["num_hidden_layers"]
-    sizes = {m: adapter.config.for_module(m) for m in adapter.modules}
+    sizes = adapter.config.for_modules(adapter.modules)
     routed = {m: s for m, s in sizes.items() if s.has_router}
     yield from _varying("num_experts", {block_of(m): s.num_experts for m, s in routed.items()})
     yield from _varying("top_k", {block_of(m): s.top_k for m, s in routed.items()})

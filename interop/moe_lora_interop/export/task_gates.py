@@ -66,7 +66,7 @@ def task_gates(adapter: Adapter, task_ids: Sequence[int]) -> dict[str, np.ndarra
     ]
     if wrong or not task_ids:
         raise ConfigError("no gates for a task", wrong or ["task: found no id, expected at least one"])
-    routed = [m for m in adapter.modules if config.for_module(m).has_router]
+    routed = config.routed(adapter.modules)
     if config.scope == "model":
         logits = _mlp(adapter, _row(adapter, "", task_ids))
         return {m: _gates_of(adapter, m, logits) for m in routed}

@@ -30,7 +30,7 @@ def _extend_peft_type() -> None:
 _extend_peft_type()  # before the config is imported: it names the member
 
 from moe_lora_interop.peft_tuner.config import MoeLoraConfig  # noqa: E402
-from moe_lora_interop.peft_tuner.gating import Routing  # noqa: E402
+from moe_lora_interop.peft_tuner.gating import RouterOutput  # noqa: E402
 from moe_lora_interop.peft_tuner.layer import Linear  # noqa: E402
 from moe_lora_interop.peft_tuner.losses import moe_lora_aux_loss  # noqa: E402
 from moe_lora_interop.peft_tuner.model import MoeLoraModel  # noqa: E402
@@ -42,4 +42,12 @@ if PeftType(PEFT_TYPE) not in PEFT_TYPE_TO_TUNER_MAPPING:
         name=PEFT_TYPE.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel, prefix=MoeLoraModel.prefix
     )
 
-__all__ = ["Linear", "MoeLoraConfig", "MoeLoraLayer", "MoeLoraModel", "Routing", "moe_lora_aux_loss", "task_routing"]
+__all__ = [
+    "Linear",
+    "MoeLoraConfig",
+    "MoeLoraLayer",
+    "MoeLoraModel",
+    "RouterOutput",
+    "moe_lora_aux_loss",
+    "task_routing",
+]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_lora_interop.peft_tuner.gating import Routing
+from moe_lora_interop.peft_tuner.gating import RouterOutput
 
 
-def use(routing: Routing, counts_kept: bool, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def use(routing: RouterOutput, counts_kept: bool, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How experts are used, f and P, each [(split,) expert].
 
     P_e = mean_t of softmax(z)_e, softmax(|z|)_e or sigmoid(z)_e / sum_e sigmoid(z)_e
@@ -25,7 +25,7 @@ def use(routing: Routing, counts_kept: bool, real: Tensor | None = None) -> tupl
     return _token_mean(share, real), _token_mean(probabilities, real)
 
 
-def load_balancing_loss(routing: Routing, counts_kept: bool, real: Tensor | None = None) -> Tensor:
+def load_balancing_loss(routing: RouterOutput, counts_kept: bool, real: Tensor | None = None) -> Tensor:
     """L = E sum_e f_e P_e of one module (Switch Transformers, arXiv:2101.03961), f and P as in `use`."""
     return _balance(*use(routing, counts_kept, real))
 
@@ -64,7 +64,7 @@ def localized_balancing_loss(
     return (values.var(-1) / (values.mean(-1).square() + 1e-10)).mean()
 
 
-def z_loss(routing: Routing, real: Tensor | None = None) -> Tensor:
+def z_loss(routing: RouterOutput, real: Tensor | None = None) -> Tensor:
     """Z = mean_t logsumexp_e(z)^2 of one module (ST-MoE, arXiv:2202.08906)."""
     return _token_mean(routing.logits.logsumexp(-1).square(), real).mean()
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_interop.config.modules import router_owners
+from moe_lora_interop.config.modules import order_problems, router_owners
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.peft_tuner.first_pass import unfit
 from moe_lora_interop.peft_tuner.layer import Linear, features
@@ -28,14 +28,7 @@ def check_fit(model: nn.Module, config: MoeLoraConfig, linears: dict[str, nn.Mod
         ConfigError: with every problem.
     """
     problems: list[str] = []
-    routed: list[str] = []
-    for module in chosen:
-        try:
-            routed += [module] if config.for_module(module).has_router else []
-        except ConfigError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise ConfigError("the patterns do not fit together", problems)
+    routed = config.routed(chosen)
     if config.scope == "ffn":
         owners = {path: model.get_submodule(path) for path in router_owners(config, routed)}
         problems += [p for path, block in owners.items() if (p := block_problem(path, block, config)) is not None]
@@ -48,12 +41,7 @@ def check_fit(model: nn.Module, config: MoeLoraConfig, linears: dict[str, nn.Mod
                 problems.append(
                     f"{module}: sizes {sizes[0]} -> {sizes[1]}, expected multiples of n_splits {config.n_splits}"
                 )
-    if config.layerwise and config.module_order is not None and sorted(config.module_order) != sorted(routed):
-        missing, unknown = set(routed) - set(config.module_order), set(config.module_order) - set(routed)
-        problems.append(
-            f"module_order: without {sorted(missing) or 'nothing'} that is routed and with "
-            f"{sorted(unknown) or 'nothing'} that is not, expected every routed module once"
-        )
+    problems += order_problems(config, routed)
     if problems:
         raise ConfigError("the config does not fit the model", problems)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 
 
-class Routing(NamedTuple):
+class RouterOutput(NamedTuple):
     """One router's decision for every token; all of shape [token, expert], fp32 (`kept` is boolean).
 
     `logits` include the temperature. `gates` are the weights g of the formula in `moe_lora_interop.config`, before
@@ -21,7 +21,7 @@ class Routing(NamedTuple):
     gates: Tensor
 
 
-def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor | float | None) -> Routing:
+def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor | float | None) -> RouterOutput:
     """Computes the gates.
 
         p     = softmax(z) | softmax(|z|) | sigmoid(z)
@@ -58,4 +58,4 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         if config.norm_topk_prob:
             total = gates.sum(-1, keepdim=True)
             gates = gates / torch.where(total > 0, total, 1.0)
-    return Routing(logits, scores, kept, gates)
+    return RouterOutput(logits, scores, kept, gates)

@@ -173,10 +173,11 @@ class Linear(MoeLoraLayer):
             return result
         if not module.has_router:  # the same plain LoRA for every expert, so it commutes with the gated sum
             return result + self._delta(adapter_name, layer_input).to(result.dtype)
-        add = slots.gated_sum if is_last else slots.deltas
-        lora_a, lora_b = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
-        delta = add(self._dropped(adapter_name, slots.flat(x)), lora_a, lora_b, module.scalings)
-        return result + delta.to(result.dtype)
+        dropped = self._dropped(adapter_name, slots.flat(x))
+        factors = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
+        if is_last:
+            return result + slots.gated_sum(dropped, *factors, module.scalings).to(result.dtype)
+        return slots.add_deltas(result, dropped, *factors, module.scalings)
 
     def _add_mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Adds to each sample the delta of the adapter that `adapter_names` gives it."""

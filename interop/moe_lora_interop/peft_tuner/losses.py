@@ -25,7 +25,7 @@ from moe_lora_interop.peft_tuner.balancing import (
     use,
     z_loss,
 )
-from moe_lora_interop.peft_tuner.gating import Routing
+from moe_lora_interop.peft_tuner.gating import RouterOutput
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
 
 __all__ = ["load_balancing_loss", "moe_lora_aux_loss", "z_loss"]
@@ -34,7 +34,7 @@ __all__ = ["load_balancing_loss", "moe_lora_aux_loss", "z_loss"]
 class Decision(NamedTuple):
     """One module's routing, whether it is by top-k, and how much each of its rows counts (None: equally)."""
 
-    routing: Routing
+    routing: RouterOutput
     by_top_k: bool
     real: Tensor | None
 
@@ -124,10 +124,10 @@ def _decisions(name: str, layer: MoeLoraLayer, adapter: str, attention_mask: Ten
     by_top_k = layer.moe_lora_module_config[adapter].top_k is not None
     served = zip(*(field.unbind(1) for field in routing), strict=True) if config.layerwise else [routing]
     for fields in served:
-        yield Decision(Routing(*fields), by_top_k, real)
+        yield Decision(RouterOutput(*fields), by_top_k, real)
 
 
-def _real(name: str, routing: Routing, attention_mask: Tensor, rows_are_sequences: bool) -> Tensor:
+def _real(name: str, routing: RouterOutput, attention_mask: Tensor, rows_are_sequences: bool) -> Tensor:
     """How many tokens each row stands for: [row]."""
     rows, batch = len(routing.logits), len(attention_mask)
     real = (attention_mask != 0).to(routing.logits)

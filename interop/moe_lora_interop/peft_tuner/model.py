@@ -73,7 +73,7 @@ class MoeLoraModel(BaseTuner):
         chosen = self._chosen(config, model, list(linears), state_dict)
         check_fit(model, config.neutral, linears, chosen)
         if config.layerwise and config.module_order is None:
-            config.module_order = [m for m in chosen if config.neutral.for_module(m).has_router] or None
+            config.module_order = config.neutral.routed(chosen) or None
         targets, warns = config.target_modules, config.neutral.targets.is_all_linear
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if isinstance(targets, set):

@@ -91,7 +91,8 @@ class TaskIds:
     def __init__(self, task_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]):
         ids = torch.as_tensor(task_ids)
         if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"task_ids must be integers [batch] or [batch, n], got {ids.dtype} {list(ids.shape)}")
+            found = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+            raise ValueError(f"task_ids: found {found}, expected integers [batch] or [batch, n]")
         self.ids = ids.long()
         self.values = sorted(set(self.ids.flatten().tolist()))
 
@@ -107,7 +108,7 @@ class TaskIds:
         if wrong:
             raise ValueError(f"task_ids: found {', '.join(map(str, wrong))}, expected ids from 0 to {num_tasks - 1}")
         if batch % len(self.ids):
-            raise ValueError(f"task_ids has {len(self.ids)} rows, the batch has {batch}: expected one for each sample")
+            raise ValueError(f"task_ids: found {len(self.ids)} for a batch of {batch}, expected one for each sample")
         return self.ids
 
 

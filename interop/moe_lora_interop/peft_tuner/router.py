@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
-from moe_lora_interop.peft_tuner.gating import Routing, route
+from moe_lora_interop.peft_tuner.gating import RouterOutput, route
 from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL
 from moe_lora_interop.peft_tuner.shared import Shared
 
@@ -22,7 +22,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     moe_lora_threshold       Linear(in, 1)               only with adaptive_threshold
     moe_lora_task_embedding  Embedding(task, dim)        only with router_input task; dim = logit without a router
     moe_lora_shared          Shared                      where the gates, slots or task ids travel
-    moe_lora_routing         Routing                     of the last forward in training mode, for losses and plots
+    moe_lora_routing         RouterOutput                of the last forward in training mode, for losses and plots
 
     `logit` counts num_experts x n_splits, times the routed layers for a layerwise router.
     """
@@ -43,7 +43,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_config: dict[str, MoeLoraConfig] = {}
         self.moe_lora_module_config: dict[str, ModuleConfig] = {}
         self.moe_lora_shared: dict[str, Shared] = {}
-        self.moe_lora_routing: dict[str, Routing] = {}
+        self.moe_lora_routing: dict[str, RouterOutput] = {}
 
     def add_router(
         self,
@@ -94,7 +94,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """The parameters of the adapter's router that stands here; none if none does."""
         return [p for name in MoeLoraLayer.adapter_layer_names for p in self.entry(name, adapter_name).parameters()]
 
-    def route(self, adapter_name: str, x: Tensor) -> Routing:
+    def route(self, adapter_name: str, x: Tensor) -> RouterOutput:
         """The decision for every token of x [token, in]: z = (R x + b) / router_temperature, and gates."""
         noise = self.moe_lora_config[adapter_name].router_jitter_noise
         with torch.autocast(x.device.type, enabled=False):
@@ -103,7 +103,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 x = x * torch.empty_like(x).uniform_(1 - noise, 1 + noise)
             return self._decide(adapter_name, x)
 
-    def route_tasks(self, adapter_name: str, task_ids: Tensor) -> Routing:
+    def route_tasks(self, adapter_name: str, task_ids: Tensor) -> RouterOutput:
         """The decision for every sequence: x = T[id] for ids [batch]; for [batch, n] the mean of T[id] over the ids > 0
         (MOELoRA's rule). z = (R x + b) / router_temperature, or z = x / router_temperature without a router."""
         with torch.autocast(task_ids.device.type, enabled=False):
@@ -113,7 +113,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
                 rows = (rows * given[..., None]).sum(1) / given.sum(1, keepdim=True).clamp(min=1)
             return self._decide(adapter_name, rows)
 
-    def _decide(self, adapter_name: str, x: Tensor) -> Routing:
+    def _decide(self, adapter_name: str, x: Tensor) -> RouterOutput:
         """Routes x [row, in] in its dtype, whatever that of the adapter: fields [row, (split or layer,) expert]."""
         config, module = self.moe_lora_config[adapter_name], self.moe_lora_module_config[adapter_name]
         tau: Tensor | float | None = config.threshold

@@ -39,15 +39,20 @@ class Slots(NamedTuple):
         """[(slot,) *lead, size] -> [slot or 1, token, size]."""
         return x.reshape(-1, len(self.gates), x.shape[-1])
 
-    def deltas(self, x: Tensor, a: Tensor, b: Tensor, scalings: tuple[float, ...]) -> Tensor:
-        """s_e B_e A_e x of the expert e in each slot: x [slot or 1, token, in] -> [slot, *lead, out]."""
+    def add_deltas(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scalings: tuple[float, ...]) -> Tensor:
+        """base + s_e B_e A_e x, e the expert in each slot: [slot, *lead, out].
+
+        Args:
+            base: [(slot,) *lead, out].
+            x: [slot or 1, token, in].
+        """
         if self.chosen is None:
             hidden = scaled((x @ a.transpose(1, 2)).movedim(0, -1), scalings).movedim(-1, 0)
             delta = hidden @ b.transpose(1, 2)
         else:
             gated = self._codes(x, a) * scaled(self.chosen, scalings).to(a.dtype)[..., None]
             delta = gated.flatten(2) @ b.transpose(1, 2).flatten(0, 1)
-        return delta.unflatten(1, self.lead)
+        return base + delta.unflatten(1, self.lead).to(base.dtype)
 
     def mix(self, x: Tensor) -> Tensor:
         """sum_s g_s x_s: x [slot or 1, token, in] -> [*lead, in]."""

@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_interop.config.modules import last_layer, router_owners
+from moe_lora_interop.config.modules import last_bias_problem, last_layer, router_owners
 from moe_lora_interop.peft_tuner.layer import Linear, features, unsupported
 from moe_lora_interop.peft_tuner.model_router import ModelRouter
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
@@ -100,10 +100,5 @@ def block_problem(path: str, block: nn.Module, config: MoeLoraConfig) -> str | N
     last = last_layer(shapes)
     if last is None or len(layers) < 2:
         return f"{path}: found the layers {shapes}, expected several, exactly one of which has the block's output"
-    sums_to_one = config.norm_topk_prob and config.threshold is None and config.routed_scaling_factor == 1
-    if getattr(layers[last], "bias", None) is not None and (not sums_to_one or config.expert_dropout > 0):
-        return (
-            f"{path}.{last}: has a bias, so the gates must sum to 1; expected norm_topk_prob without threshold, "
-            "scaling factor or expert_dropout"
-        )
-    return None
+    has_bias = getattr(layers[last], "bias", None) is not None
+    return last_bias_problem(config, f"{path}.{last}") if has_bias else None

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.config.allowed import LARGEST
 from moe_lora_interop.config.patterns import layer_of, pattern_for
-from moe_lora_interop.config.validation import LARGEST
 from moe_lora_interop.errors import ConfigError
 
 Values = dict[str, Any]
@@ -102,8 +102,8 @@ def _per_layer_ours(name: str, value: Any, ours: Values, modules: list[str]) -> 
 
 def _per_layer_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
     of_layer: dict[int, set[Any]] = {}
-    for module in modules:
-        of_layer.setdefault(layer_of(module) or 0, set()).add(_OF_MODULE[name][1](config.for_module(module)))
+    for module, sizes in config.for_modules(modules).items():
+        of_layer.setdefault(layer_of(module) or 0, set()).add(_OF_MODULE[name][1](sizes))
     if uneven := [layer for layer, values in of_layer.items() if len(values) > 1]:
         raise ConfigError(name, [f"{name}: differs within layer {uneven[0]}: {sorted(map(str, of_layer[uneven[0]]))}"])
     default = getattr(config, name)

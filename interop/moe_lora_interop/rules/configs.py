@@ -110,8 +110,9 @@ def differences(config: MoeLoraConfig, other: MoeLoraConfig, modules: list[str])
     for name in _DEFAULTS.keys() - _UNWRITTEN - _PATTERNS - _TARGETS:
         if getattr(config, name) != getattr(other, name):
             found[name] = (getattr(config, name), getattr(other, name))
+    both = config.for_modules(modules), other.for_modules(modules)
     for name in ("num_experts", "ranks", "alphas", "top_k"):
-        mine, theirs = ({m: getattr(c.for_module(m), name) for m in modules} for c in (config, other))
+        mine, theirs = ({m: getattr(s, name) for m, s in sizes.items()} for sizes in both)
         if mine != theirs:
             module = next(m for m in modules if mine[m] != theirs[m])
             ours = {"ranks": "r", "alphas": "lora_alpha"}.get(name, name)
@@ -175,7 +176,7 @@ def _apply(read: Any, name: str, value: Any, ours: Values, modules: list[str], p
     except ConfigError as error:
         problems.extend(error.problems)
     except (TypeError, KeyError, ValueError, IndexError, ArithmeticError):
-        problems.append(f"{name}: found {value!r}, which this layout cannot mean")
+        problems.append(f"{name}: found {value!r}, which this layout cannot have")
 
 
 def _apply_case(dialect: Dialect, raw: Mapping[str, Any], ours: Values) -> list[str]:

@@ -43,7 +43,7 @@ def axes_of(role: str) -> str:
     return ROLES[re.sub(r"_\d+$", "_{j}", role)]
 
 
-# here and below an array may be an `moe_lora_interop.disk.lazy.Lazy`, which has what the rules use of an array
+# here and below an array may be a `moe_lora_interop.disk.lazy.Lazy`, which can do what the rules need
 Canonical = dict[tuple[str, str], np.ndarray]
 Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
 """Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
@@ -120,8 +120,8 @@ class Rule:
         axes: stored axes; parentheses join several into one dimension.
         module: template of the canonical module path; "" is the model itself.
         canonical_axes: the same tensor's canonical axes, where joined axes must be told apart.
-        copy: "" for a tensor of its own; "same" for a duplicate of another rule's, compared bit by bit when read and
-            written only on request; "dead" for one that no forward pass uses, ignored and never written.
+        copy: "" for a tensor of its own; "same" for a duplicate of another rule's tensor, compared bit by bit when read
+            and written only on request; "dead" for one that no forward pass uses: ignored, never written.
     """
 
     role: str
@@ -233,7 +233,7 @@ def _move_group(
     sizes: Sizes,
 ) -> Iterator[tuple[str, np.ndarray]]:
     canonical = target if "|" in target.name else source
-    # where the canonical name has a number that the other side has as an axis, any one stands for all
+    # where the canonical name has a number and the other side an axis, any number stands for all
     known = sizes(canonical.format({**dict.fromkeys(canonical.fields, 0), **shared}).rsplit("|", 1)[0])
     array = _stack(tensors, shared, names, stacked, source, known)
     atoms = [*stacked, *source.atoms]
