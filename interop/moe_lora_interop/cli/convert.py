@@ -1,4 +1,4 @@
-"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`. (`export`: verbs_export.)"""
+"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`. (`export` needs jax.)"""
 
 import dataclasses
 import json

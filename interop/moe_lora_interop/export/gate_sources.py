@@ -47,7 +47,7 @@ def gates_from_file(adapter: Adapter, path: str | os.PathLike[str]) -> Gates:
 
 
 def gates_of(adapter: Adapter, data: Any) -> Gates:
-    """The same from what the file says."""
+    """The same from the content of such a file."""
     if isinstance(data, list):
         data = {"model": data}
     if not isinstance(data, Mapping):
