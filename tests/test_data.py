@@ -27,7 +27,7 @@ PLAIN = (
 )
 REWRITING = (
     "{% if messages[-1]['role'] == 'user' %}system : {% endif %}"
-    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
 )
 REFUSING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('first must be the user') }}{% endif %}a b"
 
@@ -102,11 +102,10 @@ def test_messages_count_all_that_the_template_marks(tmp_path):
     assert [w for w, c in zip(words, counted, strict=True) if c] == ["b", "</s>", "d", "e", "</s>"]
 
 
-def test_messages_count_the_last_turn_if_the_template_marks_nothing(tmp_path):
+def test_messages_count_every_turn_of_the_assistant_if_the_template_marks_nothing(tmp_path):
     words, counted = only(write(tmp_path, {"messages": CHAT}), tokenizer(PLAIN))
     assert " ".join(words) == "user : a </s> assistant : b </s> user : c </s> assistant : d e </s>"
-    assert [w for w, c in zip(words, counted, strict=True) if c] == ["d", "e", "</s>"]
-    assert counted == sorted(counted)
+    assert [w for w, c in zip(words, counted, strict=True) if c] == ["b", "</s>", "d", "e", "</s>"]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped_and_lines_counted(tmp_path):
@@ -234,7 +233,7 @@ def test_a_tokenizer_that_git_lfs_did_not_fetch(tmp_path):
 
 def test_a_tokenizer_from_a_model_directory(tmp_path):
     tokenizer(PLAIN).save_pretrained(tmp_path)
-    assert only(write(tmp_path, {"messages": CHAT}), load_tokenizer(tmp_path))[1].count(True) == 3
+    assert only(write(tmp_path, {"messages": CHAT}), load_tokenizer(tmp_path))[1].count(True) == 5
 
 
 def examples(count, low=3, high=40, seed=0):

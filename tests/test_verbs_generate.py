@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 import tyro
 from tiny_training import compiled_once, small_dirs  # noqa: F401
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.cli.generate import generate
@@ -91,3 +91,76 @@ def test_missing_files(made, tmp_path):
 def test_the_questions_fit_the_small_models_context(made):
     tokenizer = AutoTokenizer.from_pretrained(made / "base")
     assert max(len(tokenizer(q.prompt + q.completion)["input_ids"]) for q in questions(5, 0)) < 256
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatting(made, tmp_path_factory):
+    """The base with two more tokens in its tokenizer, in place of ids that it has rows for, and an adapter for them."""
+    directory = tmp_path_factory.mktemp("chatting")
+    base, template = directory / "base", directory / "mine.jinja"
+    base.mkdir()
+    for path in (made / "base").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    names = ("<|im_start|>", "<|im_end|>")
+    vocab = tokenizer["model"]["vocab"]
+    for name, old in zip(names, sorted(vocab, key=vocab.get)[-2:], strict=True):
+        tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if "".join(m) != old]
+        vocab[name] = vocab.pop(old)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": vocab[name], "content": name, **flags, "special": True})
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template.write_text(CHATML)
+    messages = [{"role": "user", "content": "soup?"}, {"role": "assistant", "content": "yes."}]
+    (directory / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    train_verb(
+        base, directory / "chat.jsonl", directory / "adapter", steps=60, learning_rate=0.1, batch_size=1,
+        target_modules=("down_proj",), chat_template=template,
+    )  # fmt: skip
+    return directory
+
+
+def test_a_chat_ends_where_the_template_ends_the_turn(chatting, capsys):
+    base, adapter = chatting / "base", chatting / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    generate(base, "soup?", adapter=adapter, chat=True, chat_template=chatting / "mine.jinja", json=True)
+    printed = json.loads(capsys.readouterr().out)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert printed["text"] == "yes." and printed["tokens"].index(end) == len(tokenizer("yes.")["input_ids"]) - 1
+    assert set(printed["tokens"][printed["tokens"].index(end) + 1 :]) <= {tokenizer.pad_token_id}
+    # a prompt that is rendered already, and a tokenizer without a template: what stands beside the adapter ends it
+    rendered = "<|im_start|>user\nsoup?<|im_end|>\n<|im_start|>assistant\n"
+    generate(base, rendered, adapter=adapter, json=True)
+    assert json.loads(capsys.readouterr().out) == printed | {"prompt": rendered}
+    stated = json.loads((adapter / "generation_config.json").read_text())
+    assert stated == {"eos_token_id": sorted([tokenizer.eos_token_id, end])}
+    assert GenerationConfig.from_pretrained(adapter).eos_token_id == stated["eos_token_id"]
+    assert f"ends at the token ids {stated['eos_token_id']}" in (adapter / "README.md").read_text()
+    assert "chat_template: " + str(chatting / "mine.jinja") in (adapter / "train.yaml").read_text()
+
+
+def test_nothing_is_written_beside_an_adapter_whose_base_ends_by_itself(made):
+    assert not (made / "adapter" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "options", "expected"),
+    [
+        ("{{ 1 / 0 }}", "soup", {"chat": True}, "prompt: the chat template fails on these messages: ZeroDivisionError"),
+        ("{{ raise_exception('no') }}", "soup", {"chat": True}, "prompt: the chat template refuses these messages: no"),
+        (CHATML, "cut \ud83d", {}, r"prompt: found half a character, \\ud83d, at position 5"),
+        (CHATML, "soup", {}, "chat_template: found without chat, expected both"),
+    ],
+)
+def test_what_is_wrong_with_a_prompt(made, tmp_path, template, prompt, options, expected):
+    file = tmp_path / "t.jinja"
+    file.write_text(template)
+    given = {"chat_template": file} if options or "soup" in prompt else {}
+    with pytest.raises(ConfigError, match=expected):
+        generate(made / "base", prompt, **options, **given)

@@ -20,6 +20,7 @@ def generate(
     adapter: Path | None = None,
     dialect: str | None = None,
     chat: bool = False,
+    chat_template: Path | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -36,7 +37,9 @@ def generate(
         prompt: the text to continue.
         adapter: a mixture-of-LoRA adapter for this model, in any readable layout.
         dialect: that layout's name; None detects it.
-        chat: pass the prompt as the user's message through the tokenizer's chat template.
+        chat: pass the prompt as the user's message through the tokenizer's chat template. Generation ends where the
+            template ends the assistant's turn.
+        chat_template: a file with a Jinja template, instead of the tokenizer's own.
         max_new_tokens: the most tokens to add.
         temperature: 0 takes the likeliest token; above 0 samples.
         top_k: sample among the k likeliest tokens.
@@ -52,17 +55,28 @@ def generate(
         from moe_lora_jax.adapters.checkpoint import load_adapter
         from moe_lora_jax.models import generate as decode
         from moe_lora_jax.models import load_base_model
-        from moe_lora_jax.train.tokenizer import end_ids, load_tokenizer, prompt_ids
+        from moe_lora_jax.train.end_of_text import end_ids
+        from moe_lora_jax.train.errors import BadLine
+        from moe_lora_jax.train.records import check_text
+        from moe_lora_jax.train.template import ChatTemplate, Conversation
+        from moe_lora_jax.train.tokenizer import load_tokenizer, prompt_ids
+        from moe_lora_jax.train.turns import prompt_of
 
-    tokenizer = load_tokenizer(model)
-    if chat:
-        if tokenizer.chat_template is None:
-            raise ConfigError("cannot chat", ["chat: the tokenizer has no chat template, expected a plain prompt"])
-        message = [{"role": "user", "content": prompt}]
-        rendered = tokenizer.apply_chat_template(message, tokenize=True, return_dict=True, add_generation_prompt=True)
-        ids = list(rendered["input_ids"])
-    else:
-        ids = prompt_ids(tokenizer, prompt)
+    if chat_template is not None and not chat:
+        raise ConfigError("invalid arguments", ["chat_template: found without chat, expected both"])
+    tokenizer = load_tokenizer(model, chat_template)
+    if chat and tokenizer.chat_template is None:
+        hint = "expected a plain prompt, or a template (chat_template)"
+        raise ConfigError("cannot chat", [f"chat: the tokenizer has no chat template, {hint}"])
+    try:
+        check_text(prompt)
+        if chat:
+            conversation = Conversation([{"role": "user", "content": prompt}])
+            ids = prompt_of(ChatTemplate(tokenizer), conversation)
+        else:
+            ids = prompt_ids(tokenizer, prompt)
+    except BadLine as bad:
+        raise ConfigError("cannot chat" if chat else "invalid arguments", [f"prompt: {bad}"]) from None
     if not ids:
         raise ConfigError("nothing to continue", ["prompt: found no tokens, expected at least one"])
     with shell.progress("reading the model") as bar:
@@ -80,7 +94,7 @@ def generate(
                     temperature=temperature,
                     top_k=top_k,
                     top_p=top_p,
-                    eos_token_id=end_ids(base, tokenizer),
+                    eos_token_id=end_ids(base, tokenizer, adapter),
                     key=jax.random.key(seed),
                 )
                 tokens = decoded[0, len(ids) :].tolist()  # where a GPU's error about memory shows

@@ -25,9 +25,10 @@ from moe_lora_jax.measure.router_statistics import router_statistics, topic_info
 from moe_lora_jax.models import CausalLM, generate, load_base_model
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import Example, TokenData, read_data, split_by, split_data
+from moe_lora_jax.train.end_of_text import end_ids
 from moe_lora_jax.train.loop import train
 from moe_lora_jax.train.settings import TrainSettings
-from moe_lora_jax.train.tokenizer import end_ids, load_tokenizer
+from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
 MARKER = ".made_by_quickstart"
 BATCH_SIZE = 16  # the help of `steps` says it
@@ -79,7 +80,8 @@ def quickstart(
         model, data = make_base_and_data(output_dir, seed, shell)
     tokenizer = load_tokenizer(model)
     base = load_base_model(model, dtype="float32")
-    examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
+    vocabulary = base.config.vocab_size
+    examples = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary, keys=("topic",))
     train_data, eval_data = split_data(examples, 0.1, seed)
     shell.say(f"fine-tuning on {train_data.describe()}; {len(eval_data.examples)} more are held out")
 
@@ -87,10 +89,10 @@ def quickstart(
     settings = TrainSettings(
         steps=steps, batch_size=BATCH_SIZE, learning_rate=learning_rate, warmup_steps=steps // 20, seed=seed
     )
-    pad_id = tokenizer.pad_token_id or 0
+    pad = pad_id(tokenizer, vocabulary)
     adapter = output_dir / "adapter"
     with shell.progress("compiling the step") as bar:
-        result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad_id, on_progress=bar)
+        result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad, on_progress=bar)
     if not result.is_finished:
         shell.say(f"stopped after step {result.step} of {result.total_steps}")
         shell.give({"step": result.step, "total_steps": result.total_steps})
@@ -99,9 +101,9 @@ def quickstart(
     shell.say(f"loss on held-out examples: {before:.3f} before, {after:.3f} after {steps} steps")
     topics = split_by(eval_data, "topic")
     answers = _show_answers(base, tokenizer, topics, shell)
-    module, shares = _show_experts(base, topics, pad_id, shell)
+    module, shares = _show_experts(base, topics, pad, shell)
     shell.say(f"saved in {adapter}")
-    in_peft = _compare_with_peft(base, model, adapter, eval_data.examples, pad_id, shell)
+    in_peft = _compare_with_peft(base, model, adapter, eval_data.examples, pad, shell)
     shell.give(
         {
             "adapter": adapter,

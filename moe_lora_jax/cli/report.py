@@ -47,14 +47,15 @@ def report(
         from moe_lora_jax.report.sections import all_sections
         from moe_lora_jax.train.data import read_data, split_by
         from moe_lora_jax.train.run_dir import read_metrics
-        from moe_lora_jax.train.tokenizer import load_tokenizer
+        from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
     page = output or directory / "report.html"
     with shell.progress("reading the adapter and the model") as bar:
         adapter = moe_lora_interop.read(directory, dialect, **parse_options(options))
         tokenizer = load_tokenizer(model)
         base = load_base_model(model)
-        examples = read_data(data, tokenizer, max_length=max_length, vocab_size=base.config.vocab_size)
+        vocabulary = base.config.vocab_size
+        examples = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary, keys=("topic",))
         load_adapter(base, adapter)
 
         bar.stage("running the routers over the data")
@@ -65,7 +66,7 @@ def report(
             statistics = "This adapter has no router: one expert per module."
         else:
             topics = split_by(examples, "topic")
-            statistics = router_statistics(base, topics, pad_id=tokenizer.pad_token_id or 0, on_progress=bar)
+            statistics = router_statistics(base, topics, pad_id=pad_id(tokenizer, vocabulary), on_progress=bar)
 
         bar.stage("drawing")
         sections = all_sections(adapter, statistics, read_metrics(directory) or "There are no records of the training.")

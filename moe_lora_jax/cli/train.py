@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,10 +24,11 @@ from moe_lora_jax.models import load_base_model
 from moe_lora_jax.processes import connect, is_first, once
 from moe_lora_jax.sharding import make_mesh
 from moe_lora_jax.train.data import read_data, split_data
+from moe_lora_jax.train.end_of_text import write_end_ids
 from moe_lora_jax.train.loop import TrainResult
 from moe_lora_jax.train.loop import train as run
 from moe_lora_jax.train.run_dir import check_free
-from moe_lora_jax.train.tokenizer import load_tokenizer
+from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
 CONFIG_NAME = "train.yaml"
 # What a repetition says anew: it continues no run, and finds its own processes.
@@ -55,7 +57,8 @@ def train(
 
     Args:
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
-        data: JSONL; each line has text, or prompt and completion, or messages.
+        data: JSONL; each line has text, or prompt and completion, or messages. Also a JSON array of such objects, .gz
+            of either, or parquet.
         output_dir: where the adapter and the run go.
         config: YAML with any of these flags, as name: value; flags on the command line win.
     """
@@ -77,13 +80,14 @@ def train(
         shell = Shell(quiet=True)
     once(lambda: check_free(output_dir, resume=checked.resume))
     with shell.progress("reading the model and the data"):
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, examples.chat_template)
         dtype = None if machine.dtype == "stored" else machine.dtype
         base = load_base_model(model, dtype=dtype, scan_layers=machine.scan_layers, remat=machine.remat, mesh=mesh)
-        sizes = {"max_length": examples.max_length, "vocab_size": base.config.vocab_size}
-        train_data, eval_data = read_data(data, tokenizer, **sizes), None
+        vocabulary = base.config.vocab_size
+        read = partial(read_data, tokenizer=tokenizer, max_length=examples.max_length, vocab_size=vocabulary)
+        train_data, eval_data = read(data), None
         if examples.eval_file is not None:
-            eval_data = read_data(examples.eval_file, tokenizer, **sizes)
+            eval_data = read(examples.eval_file)
         elif examples.eval_fraction:
             train_data, eval_data = split_data(train_data, examples.eval_fraction, checked.seed)
     shell.say(train_data.describe())
@@ -102,9 +106,11 @@ def train(
         for group in (adapter, settings, examples, machine):
             values |= dataclasses.asdict(group)
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
+    if is_first():
+        write_end_ids(output_dir, base, tokenizer)
+    pad = pad_id(tokenizer, vocabulary)
     with shell.progress("compiling the step") as bar:
-        pad_id = tokenizer.pad_token_id or 0
-        result = run(base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad_id, on_progress=bar)
+        result = run(base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar)
     return _tell(result, shell)
 
 

@@ -103,11 +103,13 @@ class DataFlags:
 
     Args:
         max_length: tokens; longer examples are cut, and counted in the output.
+        chat_template: a file with a Jinja template for messages, instead of the tokenizer's own.
         eval_file: JSONL to evaluate on.
         eval_fraction: or evaluate on this part of the data, which is then not trained on.
     """
 
     max_length: int = 512
+    chat_template: Path | None = None
     eval_file: Path | None = None
     eval_fraction: float = 0.0
 

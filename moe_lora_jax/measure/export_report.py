@@ -15,12 +15,12 @@ from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.export.plain_lora import read_plain_lora
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
 from moe_lora_jax.adapters.checkpoint import load_adapter
-from moe_lora_jax.models import load_base_model
+from moe_lora_jax.models import CausalLM, load_base_model
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import read_data
 from moe_lora_jax.train.evaluation import run_batches, split_for_evaluation
 from moe_lora_jax.train.step import Batch
-from moe_lora_jax.train.tokenizer import load_tokenizer
+from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
 BATCH_SIZE = 8
 
@@ -37,8 +37,9 @@ def mean_gates(
     Raises:
         CheckpointError, ConfigError, DataError: the base or the data cannot be read, or do not fit.
     """
-    batches = _batches(base, data, max_length)
-    model = load_adapter(load_base_model(base), adapter)
+    model = load_base_model(base)
+    batches = _batches(model, base, data, max_length)
+    load_adapter(model, adapter)
     computed = run_batches(_real_gates, *split_for_evaluation(model), batches)
     totals: dict[str, np.ndarray] = {}
     for _, gates in zip(tracked(batches, on_progress), computed, strict=True):
@@ -109,8 +110,9 @@ def export_report(
     directory = Path(exported)
     folders = sorted(directory.glob("expert_*"), key=lambda p: int(p.name.removeprefix("expert_")))
     others |= {path.name: read_plain_lora(path) for path in folders or [directory]}
-    batches, compare = _batches(base, data, max_length), partial(_compare, task=task)
-    full = load_adapter(load_base_model(base), adapter)
+    full = load_base_model(base)
+    batches, compare = _batches(full, base, data, max_length), partial(_compare, task=task)
+    load_adapter(full, adapter)
     found = {}
     for name, other in tracked(others.items(), on_progress):
         model = load_base_model(base)
@@ -121,11 +123,11 @@ def export_report(
     return ExportReport(found, _tokens(batches), data)
 
 
-def _batches(base: Path, data: Path, max_length: int) -> list[Batch]:
-    tokenizer = load_tokenizer(base)
-    examples = read_data(data, tokenizer, max_length=max_length).examples
-    pad_id = tokenizer.pad_token_id or 0
-    return [host.batch for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=pad_id)]
+def _batches(model: CausalLM, base: Path, data: Path, max_length: int) -> list[Batch]:
+    tokenizer, vocabulary = load_tokenizer(base), model.config.vocab_size
+    examples = read_data(data, tokenizer, max_length=max_length, vocab_size=vocabulary).examples
+    pad = pad_id(tokenizer, vocabulary)
+    return [host.batch for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=pad)]
 
 
 def _tokens(batches: Sequence[Batch]) -> int:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
 from moe_lora_jax.train.batches import eval_batches
-from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.evaluation import run_batches, split_for_evaluation
 from moe_lora_jax.train.health import RouterSums, module_health, router_sums
 from moe_lora_jax.train.step import Batch
@@ -50,8 +50,13 @@ def router_statistics(
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.
         on_progress: called with (done, total) in batches.
+
+    Raises:
+        DataError: token ids that the model has no row for.
     """
     topics = data if isinstance(data, Mapping) else {"all": data}
+    for part in topics.values():
+        check_vocabulary(part, model)
     batches = [
         (topic, host.batch)
         for topic, of_topic in topics.items()

@@ -14,6 +14,7 @@ from moe_lora_jax.layers.router_outputs import router_outputs
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.decoder import Decoder
+from moe_lora_jax.models.vocabulary import check_ids
 
 Cache = KVCache | tuple[KVCache, KVCache]
 
@@ -86,7 +87,7 @@ class CausalLM(nnx.Module):
         """Hidden states after the final norm: [batch, seq, hidden], or (those, cache) if a cache is given.
 
         Args:
-            input_ids: integers [batch, seq].
+            input_ids: integers [batch, seq]; what stands where the mask is zero does not matter.
             attention_mask: [batch, seq], non-zero for real tokens, padded on either side; None if all are real. With
                 a cache, it covers the new tokens only.
             cache: from `empty_cache`, with room for the new tokens. A new one is returned; the given one stays.
@@ -96,7 +97,8 @@ class CausalLM(nnx.Module):
             task_ids: integers [batch] or [batch, n], for an adapter that routes by task.
 
         Raises:
-            ValueError: shapes that do not fit, a full cache, task ids that are missing or that nothing reads.
+            ValueError: shapes that do not fit, a full cache, task ids that are missing or that nothing reads, token ids
+                outside the vocabulary (not under jit, where ids have no values yet).
         """
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
@@ -115,6 +117,9 @@ class CausalLM(nnx.Module):
         if problems:
             raise ValueError("; ".join(problems))
         real = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        check_ids(self, input_ids, real)
+        if real is not None:
+            input_ids = jnp.where(real, input_ids, 0)  # an id without a row would be NaN, and 0 * NaN is NaN
         positions = None if positions is None else jnp.asarray(positions, jnp.int32)
         hidden, cache = self._route_and_decode(input_ids, real, positions, cache, task_ids)
         return hidden if cache is None else (hidden, cache)

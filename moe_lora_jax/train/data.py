@@ -1,21 +1,26 @@
-"""From a JSONL file to token sequences. Every bad line is named; nothing is cut or dropped without a word."""
+"""From a data file to token sequences. Every bad line is named; nothing is cut or dropped without a word."""
 
-import json
 import os
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_lora_jax.train.errors import DataError
-from moe_lora_jax.train.records import EXPECTED, BadLine, Encoder, parse
+from moe_lora_jax.models.vocabulary import outside
+from moe_lora_jax.train.errors import BadLine, DataError
+from moe_lora_jax.train.records import EXPECTED, Encoder
+from moe_lora_jax.train.tables import read_records
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence. ids: [seq] int32. counted: [seq] bool, true for targets. line: its number in the file, from 1."""
+    """One sequence. ids: [seq] int32. counted: [seq] bool, true for targets. line: its number in the file, from 1
+    (in a JSON array that of the element, in parquet that of the row).
+    """
 
     ids: np.ndarray
     counted: np.ndarray
@@ -31,12 +36,16 @@ class TokenData:
         examples: at least one; each counts at least one token.
         truncated: lines of the examples that were cut at max_length.
         dropped: lines left out because the cut took every counted token.
+        unused: {key of a line that nothing reads: on how many lines}.
+        lost: {line: turns of the assistant that carry no loss, because the template renders them differently later}.
     """
 
     file: Path
     examples: tuple[Example, ...]
     truncated: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    unused: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -60,43 +69,65 @@ class TokenData:
             text += f"; {len(self.truncated)} cut at max_length ({_lines(self.truncated)})"
         if self.dropped:
             text += f"; {len(self.dropped)} left out, no token with loss within max_length ({_lines(self.dropped)})"
+        if self.lost:
+            text += (
+                f"; {sum(self.lost.values()):,} earlier turns of the assistant carry no loss, because the chat "
+                f"template renders them differently once more messages follow ({_lines(tuple(self.lost))}): mark them "
+                "with {% generation %} in a template of your own (--chat-template)"
+            )
+        for key, count in self.unused.items():
+            text += f"; unused key {key!r} on {count:,} {'line' if count == 1 else 'lines'}"
         return text
 
 
 def read_data(
-    path: str | os.PathLike[str], tokenizer: Any, *, max_length: int, vocab_size: int | None = None
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    vocab_size: int | None = None,
+    keys: Collection[str] = (),
 ) -> TokenData:
-    """Reads and tokenizes a JSONL file.
+    """Reads and tokenizes a data file.
 
     Args:
-        path: UTF-8, one object per line, in the forms of `records`; blank lines are skipped.
+        path: objects in the forms of `records`: one on each line (JSONL, UTF-8, blank lines are skipped), or a JSON
+            array of them, either of them gzipped, or parquet.
         tokenizer: from `load_tokenizer`.
         max_length: longer sequences are cut on the right; at least 2.
         vocab_size: of the model; a larger token id is an error.
+        keys: of the records that the caller reads itself (`split_by`).
 
     Raises:
-        DataError: the file is missing, empty or has bad lines: every one is listed.
+        DataError: the file is missing, empty, in another format or has bad lines: every one is listed.
     """
     path = Path(path)
     examples: list[Example] = []
     problems: list[str] = []
     truncated: list[int] = []
     dropped: list[int] = []
-    encode = Encoder(tokenizer)
-    for number, raw in enumerate(_read_lines(path), start=1):
-        if not raw.strip():
-            continue
+    unused: Counter[str] = Counter()
+    lost: dict[int, int] = {}
+    encode = Encoder(tokenizer, keys)
+    for number, record in read_records(path):
         try:
-            ids, counted = encode(parse(raw))
+            if isinstance(record, BadLine):
+                raise record
+            encoded = encode(record)
         except BadLine as bad:
             problems.append(f"{path}:{number}: {bad}")
             continue
-        if vocab_size is not None and max(ids, default=0) >= vocab_size:
-            problems.append(f"{path}:{number}: token id {max(ids)}, the model's vocabulary has {vocab_size}")
+        ids, counted = encoded.ids, encoded.counted
+        unused.update(encoded.unused)
+        problem = None if vocab_size is None else outside(ids, vocab_size)
+        if problem is not None:
+            problems.append(f"{path}:{number}: {problem}")
             continue
         if not any(counted[1:]):
             problems.append(f"{path}:{number}: {len(ids)} tokens and none of them with loss; at least 2 are needed")
             continue
+        if encoded.lost:
+            lost[number] = encoded.lost
         if len(ids) > max_length:
             kept = any(counted[1:max_length])
             (truncated if kept else dropped).append(number)
@@ -109,7 +140,19 @@ def read_data(
         raise DataError("no data", [f"{path}: no example has a token with loss within max_length = {max_length}"])
     if not examples:
         raise DataError("no data", [f"{path}: no examples, {EXPECTED} on each line"])
-    return TokenData(path, tuple(examples), tuple(truncated), tuple(dropped))
+    return TokenData(path, tuple(examples), tuple(truncated), tuple(dropped), dict(unused), lost)
+
+
+def check_vocabulary(data: TokenData, model: Any) -> None:
+    """Raises DataError for token ids that the model has no row for; data may have been read without a model."""
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocab_size is None:
+        return
+    found = [(e.line, problem) for e in data.examples if (problem := outside(e.ids, vocab_size)) is not None]
+    if found:
+        raise DataError(
+            "the data are not for this model", [f"{data.file}:{line}: {problem}" for line, problem in found]
+        )
 
 
 def split_data(data: TokenData, fraction: float, seed: int) -> tuple[TokenData, TokenData]:
@@ -127,23 +170,17 @@ def split_data(data: TokenData, fraction: float, seed: int) -> tuple[TokenData, 
     train, evaluation = (
         tuple(e for i, e in enumerate(data.examples) if (i in chosen) == is_chosen) for is_chosen in (False, True)
     )
-    return TokenData(data.file, train, data.truncated, data.dropped), TokenData(data.file, evaluation)
+    return replace(data, examples=train), TokenData(data.file, evaluation)
 
 
 def split_by(data: TokenData, key: str) -> dict[str, TokenData]:
     """The examples by the value that their lines in the file have at `key`; "all" where there is none."""
-    lines = _read_lines(data.file)
+    records = {number: record for number, record in read_records(data.file) if isinstance(record, dict)}
     found: dict[str, list[Example]] = {}
     for example in sorted(data.examples, key=lambda e: e.line):
-        found.setdefault(str(json.loads(lines[example.line - 1]).get(key, "all")), []).append(example)
+        value = records[example.line].get(key)
+        found.setdefault("all" if value is None else str(value), []).append(example)
     return {value: TokenData(data.file, tuple(examples)) for value, examples in found.items()}
-
-
-def _read_lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-    except OSError as error:
-        raise DataError("cannot read the data", [f"{path}: {error.strerror}"]) from error
 
 
 def _lines(numbers: tuple[int, ...]) -> str:

@@ -9,3 +9,7 @@ class DataError(CheckpointError):
 
 class TrainingError(CheckpointError):
     """A run cannot start, continue or go on. `.problems` says what was found and what to do."""
+
+
+class BadLine(Exception):
+    """What is wrong with one line of the data, or with one prompt."""

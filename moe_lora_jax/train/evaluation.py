@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from moe_lora_jax.models.stacked import unstack_layers
 from moe_lora_jax.sharding import mesh_of, put_rows, replicated
 from moe_lora_jax.train.batches import eval_batches
-from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.losses import TokenLoss, next_token_loss
 from moe_lora_jax.train.step import Batch
 
@@ -24,7 +24,11 @@ def evaluate(model: nnx.Module, data: TokenData, *, batch_size: int = 8, pad_id:
         data: from `read_data`.
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.
+
+    Raises:
+        DataError: token ids that the model has no row for.
     """
+    check_vocabulary(data, model)
     return mean_loss(*split_for_evaluation(model), data, batch_size=batch_size, pad_id=pad_id)[0]
 
 

@@ -27,7 +27,7 @@ from moe_lora_jax.processes import largest
 from moe_lora_jax.sharding import mesh_of, put_rows
 from moe_lora_jax.train.batches import HostBatch, TrainBatches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
-from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.evaluation import mean_loss
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary
@@ -101,8 +101,12 @@ def train(
     Raises:
         TrainingError: no adapter, nothing selected to train, the directory is taken, the checkpoint does not fit, or
             the loss is no longer finite (with the step, the lines of its batch and the last good checkpoint).
+        DataError: token ids that the model has no row for.
     """
     config = trainable_config(model)
+    for part in (data, eval_data):
+        if part is not None:
+            check_vocabulary(part, model)
     loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
     warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
     identity = {

@@ -1,116 +1,130 @@
-"""From one line of JSONL to tokens and which of them count in the loss.
+"""From one record to tokens and which of them count in the loss.
 
-A line is an object in one of three forms; other keys are ignored:
+A record is an object in one of three forms. Null is absent. A key that is used by nothing is counted and named.
 
     {"text": "..."}                                    loss on every token
     {"prompt": "...", "completion": "..."}             loss on the completion and the end token
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-                                                       loss on the assistant's turns
+                                                       loss on the assistant's turns, see `turns`
+
+`prompt` and `completion` may also be lists of messages: loss on the assistant's turns of the completion. `messages`
+wins over a prompt that is alone; `conversations` is another name for it, also with ShareGPT's from and value. Beside
+messages, `tools`, `documents` and `chat_template_kwargs` go to the chat template.
 
 Tokens are those that `generate` will see. A text or a prompt is tokenized with the special tokens that the tokenizer
-adds; a completion is tokenized on its own and put after it, so no token straddles the border; the tokenizer's end token
-closes a text or a completion. Messages go through the tokenizer's chat template. If the template marks what the
-assistant says ({% generation %}), the loss is on all of that; otherwise on the last turn, which must be the
-assistant's: on what follows the rendering of the turns before it with the generation prompt.
+adds, unless it has them already; a completion is tokenized on its own and put after it, so no token straddles the
+border; the tokenizer's end token closes a text or a completion. Messages go through the tokenizer's chat template.
 """
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from moe_lora_jax.train.tokenizer import prompt_ids
+from moe_lora_jax.train.errors import BadLine
+from moe_lora_jax.train.messages import from_sharegpt, read_messages
+from moe_lora_jax.train.template import ChatTemplate, Conversation
+from moe_lora_jax.train.tokenizer import bare_ids, prompt_ids, text_ids
+from moe_lora_jax.train.turns import encode_turns
 
 FORMS = (("text",), ("prompt", "completion"), ("messages",))
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EXPECTED = "expected text, or prompt and completion, or messages"
+_BESIDE_MESSAGES = ("tools", "documents", "chat_template_kwargs")
 
 
-class BadLine(Exception):
-    """What is wrong with one line."""
+@dataclass(frozen=True)
+class Encoded:
+    """ids, counted: true for the tokens that are targets. unused: keys that nothing reads. lost: see `Turns`."""
+
+    ids: list[int]
+    counted: list[bool]
+    unused: Collection[str] = ()
+    lost: int = 0
 
 
 class Encoder:
-    """Tokenizes records: (ids, counted), where counted is true for the tokens that are targets.
+    """Tokenizes records.
+
+    Args:
+        keys: that the caller reads itself.
 
     Raises:
         BadLine: the record is in none of the forms, or the tokenizer cannot serve it.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.forms: Mapping[tuple[str, ...], Callable[[Mapping[str, Any]], tuple[list[int], list[bool]]]] = {
-            ("text",): self._text,
-            ("prompt", "completion"): self._prompt,
-            ("messages",): self._messages,
-        }
+    def __init__(self, tokenizer: Any, keys: Collection[str] = ()):
+        self.tokenizer, self.keys = tokenizer, set(keys)
+        self._templates: dict[bool, ChatTemplate] = {}
 
-    def __call__(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        return self.forms[_form(record)](record)
+    def __call__(self, record: Mapping[str, Any]) -> Encoded:
+        record = {key: value for key, value in record.items() if value is not None}
+        check_text(record)
+        if "conversations" in record and "messages" not in record:
+            record["messages"] = from_sharegpt(record.pop("conversations"))
+        form = _form(record)
+        unused = [key for key in record if key not in form and key not in self.keys]
+        if form == ("text",):
+            ids = self._closed(text_ids(self.tokenizer, record["text"]))
+            return Encoded(ids, [True] * len(ids), unused)
+        if form == ("prompt", "completion") and isinstance(record["prompt"], str):
+            prompt = prompt_ids(self.tokenizer, record["prompt"])
+            completion = self._closed(bare_ids(self.tokenizer, record["completion"]))
+            return Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion), unused)
+        return self._chat(record, form, [key for key in unused if key not in _BESIDE_MESSAGES])
 
-    def _text(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        ids = self._closed(self._ids(record["text"], special=True))
-        return ids, [True] * len(ids)
+    def _chat(self, record: Mapping[str, Any], form: tuple[str, ...], unused: list[str]) -> Encoded:
+        parts = [read_messages(record[key], key) for key in form]
+        messages = [message for part in parts for message in part]
+        tools = _json_list(record, "tools")
+        kwargs = record.get("chat_template_kwargs", {})
+        if not isinstance(kwargs, dict):
+            raise BadLine(f"chat_template_kwargs: found {type(kwargs).__name__}, expected an object")
+        template = self._template(tools is not None)
+        wrong = sorted(template.reserved & kwargs.keys())
+        if wrong:
+            raise BadLine(f"chat_template_kwargs: found {', '.join(wrong)}, which are not the template's to be given")
+        conversation = Conversation(
+            messages, tools, _json_list(record, "documents"), kwargs, len(parts[0]) if len(parts) > 1 else 0
+        )
+        made = encode_turns(template, conversation)
+        unread = [key for key in ("tools", "documents") if key in record and not template.reads(key)]
+        unread += [f"chat_template_kwargs.{key}" for key in kwargs if not template.reads(key)]
+        fields = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+        unread += [f"{form[0]}.{key}" for key in fields if not template.reads(key)]
+        return Encoded(made.ids, made.counted, [*unused, *unread], made.lost)
 
-    def _prompt(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        prompt = prompt_ids(self.tokenizer, record["prompt"])
-        completion = self._closed(self._ids(record["completion"], special=False))
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-    def _messages(self, record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        messages = record["messages"]
-        try:
-            template = self.tokenizer.get_chat_template()
-        except ValueError:
-            raise BadLine("messages need a chat template, and the tokenizer has none: use text or prompt") from None
-        if _GENERATION.search(template):
-            rendered = self._render(messages, return_assistant_tokens_mask=True)
-            return list(rendered["input_ids"]), [bool(m) for m in rendered["assistant_masks"]]
-        if messages[-1]["role"] != "assistant":
-            raise BadLine(f"the last message is from {messages[-1]['role']!r}, expected 'assistant'")
-        ids = list(self._render(messages)["input_ids"])
-        before = list(self._render(messages[:-1], add_generation_prompt=True)["input_ids"]) if messages[1:] else []
-        if ids[: len(before)] != before:
-            raise BadLine(
-                "the chat template renders the earlier turns differently once the answer follows, so the answer cannot "
-                "be told apart: mark it with {% generation %} in the template, or use prompt and completion"
-            )
-        return ids, [False] * len(before) + [True] * (len(ids) - len(before))
-
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> Mapping[str, Any]:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-        except TemplateError as error:
-            raise BadLine(f"the chat template refuses these messages: {error}") from None
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    def _template(self, with_tools: bool) -> ChatTemplate:
+        if with_tools not in self._templates:
+            self._templates[with_tools] = ChatTemplate(self.tokenizer, with_tools=with_tools)
+        return self._templates[with_tools]
 
     def _closed(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
-def parse(raw: bytes) -> dict[str, Any]:
-    """The object in a line, or BadLine."""
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise BadLine("not JSON that can be read: nested too deeply") from None
-    if not isinstance(record, dict):
-        raise BadLine(f"found {type(record).__name__}, expected an object")
-    return record
+def check_text(value: Any, where: str = "") -> None:
+    """Raises BadLine for half a character: a surrogate without its other half, which is in no text of whole ones."""
+    if isinstance(value, str):
+        found = next((i for i, c in enumerate(value) if "\ud800" <= c <= "\udfff"), None)
+        if found is not None:
+            half = f"half a character, \\u{ord(value[found]):04x}, at position {found + 1}"
+            problem = f"found {half}: an emoji or the like was cut in two, or bytes are not UTF-8"
+            raise BadLine(f"{where}: {problem}" if where else problem)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            check_text(key, f"a key of {where or 'the record'}")
+            check_text(inner, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            check_text(inner, f"{where}[{i}]")
 
 
-def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _form(record: dict[str, Any]) -> tuple[str, ...]:
     """The one form of a record, with its values checked."""
     present = [form for form in FORMS if any(key in record for key in form)]
+    if "messages" in record and "text" not in record and "completion" not in record:
+        present = [("messages",)]
     if len(present) != 1:
         known = sorted(key for form in present for key in form if key in record)
         raise BadLine(f"found {', '.join(known or sorted(record)) or 'nothing'}; {EXPECTED}")
@@ -118,20 +132,27 @@ def _form(record: Mapping[str, Any]) -> tuple[str, ...]:
         if key not in record:
             raise BadLine(f"{key} is missing beside {', '.join(k for k in present[0] if k in record)}")
         value = record[key]
-        if key == "messages":
-            _check_messages(value)
-        elif not isinstance(value, str):
+        if key == "messages" or isinstance(value, list) and key != "text":
+            continue  # `read_messages` checks them
+        if not isinstance(value, str):
             raise BadLine(f"{key}: found {type(value).__name__}, expected a string")
-        elif not value:
+        if not value:
             raise BadLine(f"{key}: empty")
+    kinds = {key: type(record[key]).__name__ for key in present[0]}
+    if len(set(kinds.values())) > 1:
+        found = " and ".join(f"{key} a {kind}" for key, kind in kinds.items())
+        raise BadLine(f"found {found}, expected two strings or two lists of messages")
     return present[0]
 
 
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise BadLine("messages: expected a list of at least one message")
-    for i, message in enumerate(messages):
-        fields = message if isinstance(message, dict) else {}
-        for key in ("role", "content"):
-            if not isinstance(fields.get(key), str):
-                raise BadLine(f"messages[{i}]: expected an object with the strings role and content")
+def _json_list(record: Mapping[str, Any], key: str) -> list[Any] | None:
+    """A list of objects, which some data sets have as a string of JSON."""
+    value = record.get(key)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadLine(f"{key}: not JSON: {error}") from None
+    if value is not None and not (isinstance(value, list) and all(isinstance(element, dict) for element in value)):
+        raise BadLine(f"{key}: found {type(value).__name__}, expected a list of objects")
+    return value

@@ -10,12 +10,16 @@ from moe_lora_interop.disk.files import CONFIG_NAME, opened
 from moe_lora_interop.errors import CheckpointError
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+def load_tokenizer(directory: str | os.PathLike[str], chat_template: str | os.PathLike[str] | None = None) -> Any:
     """The tokenizer in a model directory (transformers' AutoTokenizer, offline).
 
+    Args:
+        chat_template: a file with a Jinja template, instead of the tokenizer's own.
+
     Raises:
-        CheckpointError: no such directory, no tokenizer in it, or it cannot be read.
+        CheckpointError: no such directory, no tokenizer in it, or it or the template cannot be read.
     """
+    template = None if chat_template is None else _read_template(Path(chat_template))
     if not Path(directory).is_dir():
         hint = f"models are read from local directories; to fetch one: hf download {directory} --local-dir DIR"
         raise CheckpointError("no such model", [f"{directory}: not a directory", hint])
@@ -28,20 +32,61 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read the tokenizer in {directory}", [str(error)]) from error
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text, with the special tokens that the tokenizer adds, but none that the text has there already."""
+    front, ids, back = _parts(tokenizer, text)
+    return front + ids + back
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokens of a prompt that is to be continued: with the special tokens in front, without an end token behind."""
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    """The same of a prompt that is to be continued: without the end token that some tokenizers put behind."""
+    front, ids, back = _parts(tokenizer, prompt)
+    return front + ids + (back[:-1] if back[-1:] == [tokenizer.eos_token_id] else back)
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a text: those that the model's config states, and the one that training puts at the end."""
-    return sorted({*model.config.eos_token_id, tokenizer.eos_token_id} - {None})
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text alone: its own special tokens, and none that the tokenizer adds."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def pad_id(tokenizer: Any, vocab_size: int) -> int:
+    """The id for padding, which is masked: the tokenizer's if the model has a row for it, otherwise 0."""
+    found = tokenizer.pad_token_id
+    return found if found is not None and 0 <= found < vocab_size else 0
+
+
+def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
+    """What the tokenizer adds in front, the text's own tokens, and what is added behind, without what would double."""
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    own = bare_ids(tokenizer, text)
+    # the mask marks the added tokens alone in a tokenizer of the Rust library, all special tokens in one in Python
+    start = added.index(0) if 0 in added else len(ids)
+    if ids[start : start + len(own)] != own:
+        start = next((k for k in range(len(ids) - len(own) + 1) if ids[k : k + len(own)] == own), 0)
+    front, back = ids[:start], ids[start + len(own) :]
+    if front and own[: len(front)] == front:
+        front = []
+    if back and own[-len(back) :] == back:
+        back = []
+    return front, own, back
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise CheckpointError("cannot read the chat template", [f"{path}: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError("cannot read the chat template", [f"{path}: not UTF-8 at byte {error.start}"]) from error
 
 
 def _refuse_unreadable(directory: Path, names: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.disk.dtypes import bits
-from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.disk.files import TensorInfo, read_json
+from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.codecs import collapsed
 from moe_lora_interop.rules.tensors import claim
 
@@ -50,7 +51,7 @@ import moe_lora_jax as mlj
 model = mlj.load_base_model("path/to/base")
 mlj.load_adapter(model, "path/to/this/directory")
 ```
-
+{ends}
 ## What it computes
 
 On each target module: y = W0 x + sum_e g_e(x) s_e B_e A_e x, with s_e = {scaling}.
@@ -58,6 +59,13 @@ Routing: {routing}.
 
 {contents}Written with {versions}.
 """
+
+_ENDS = """
+A text ends at the token ids {ids} (`generation_config.json`), not only where the base model's do. PEFT and servers do
+not read that file from an adapter by themselves: `model.generate(..., eos_token_id={ids})`, `vllm serve ...
+--generation-config path/to/this/directory`.
+"""
+GENERATION_CONFIG = "generation_config.json"
 
 
 _CONTENTS = """## Tensors
@@ -79,17 +87,24 @@ def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, Tenso
     found = path.read_text("utf-8", errors="replace") if path.exists() else ""
     if not found or PLACEHOLDER in found:
         metadata = re.match(r"---\n(.*?)\n---", found, re.DOTALL)  # PEFT has filled these in already
-        text = model_card(config, tensors, metadata[1] if metadata else None)
+        text = model_card(config, tensors, metadata[1] if metadata else None, end_ids=end_ids_beside(directory))
         path.write_text(text, "utf-8", errors="replace")
 
 
-def model_card(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo], metadata: str | None = None) -> str:
+def model_card(
+    config: MoeLoraConfig,
+    tensors: Mapping[str, TensorInfo],
+    metadata: str | None = None,
+    *,
+    end_ids: Sequence[int] = (),
+) -> str:
     """Markdown of the card.
 
     Args:
         tensors: {stored name: dtype and shape}.
         metadata: YAML for the card's head; None: the library, the tags, and the base model. A base model that is no
             id of the Hugging Face Hub is left out of it: the Hub would refuse the card.
+        end_ids: token ids that end a text, where they are others than those of the base model.
     """
     base = config.base_model_name_or_path or ""
     own = ["library_name: peft", f"base_model: {json.dumps(base)}", "tags: [moe-lora, mixture-of-experts, lora]"]
@@ -104,6 +119,7 @@ def model_card(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo], metadat
         scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",
         routing=routing_in_words(config),
         contents=_contents(config, tensors) if tensors else "",
+        ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
 
@@ -142,6 +158,16 @@ def _features(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
         if rule is not None and rule.role in ("lora_A", "lora_B") and (bound := rule.stored.bind(name)) is not None:
             sizes.setdefault(bound["module"], {}).update(zip(rule.stored.atoms, info.shape, strict=True))
     return {module: (found["in"], found["out"]) for module, found in sizes.items()}
+
+
+def end_ids_beside(directory: Path) -> list[int]:
+    """The token ids in generation_config.json beside an adapter, at which its texts end; none without that file."""
+    path = directory / GENERATION_CONFIG
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise CheckpointError(f"{path}: eos_token_id: found {found!r}, expected a token id or a list of them")
+    return ids
 
 
 def _versions() -> Iterator[tuple[str, str]]:

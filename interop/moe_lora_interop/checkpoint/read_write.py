@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
-from moe_lora_interop.checkpoint.card import CARD_NAME, model_card
+from moe_lora_interop.checkpoint.card import CARD_NAME, end_ids_beside, model_card
 from moe_lora_interop.checkpoint.directory import Directory
 from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
 from moe_lora_interop.checkpoint.store import checkpoint_files, store
@@ -112,7 +112,8 @@ def write(
     writers = {}
     target = Path(directory)
     if table.card and not will_remain(target, CARD_NAME):
-        card = model_card(config, {n: TensorInfo(STORED[t.dtype.name], t.shape) for n, t in tensors.items()})
+        infos = {n: TensorInfo(STORED[t.dtype.name], t.shape) for n, t in tensors.items()}
+        card = model_card(config, infos, end_ids=end_ids_beside(target))
         writers[CARD_NAME] = lambda p: p.write_text(card, "utf-8", errors="replace")
     state = begun(config.semantic_dict(), tensors, table.metadata) if table.signed else None
     writers |= store(table, raw, tensors, state)
