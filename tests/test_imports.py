@@ -152,7 +152,10 @@ sys.meta_path.insert(0, Block())
     ("blocked", "code"),
     [
         (JAX | TORCH, "import moe_lora_interop as m; [getattr(m, n) for n in m.__all__]"),
-        (JAX | TORCH, "import moe_lora_interop.cli.main, moe_lora_interop.cli.inspect_verify, moe_lora_interop.export"),
+        (
+            JAX | TORCH,
+            "from moe_lora_interop.cli import main, inspect_verify, convert, export",
+        ),
         (JAX | TORCH | {"tyro", "rich"}, "import moe_lora_interop"),
         ({"torch", "peft"}, "import moe_lora_jax as m; [getattr(m, n) for n in m.__all__]"),
         (JAX, "import moe_lora_interop.peft_tuner"),

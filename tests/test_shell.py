@@ -34,10 +34,11 @@ COMMANDS = {
         "",
         ["reading the adapters", "2/2", "writing the mixture"],
     ),
-    "export": (
-        "export trained OUT --as lora --gates mean --base base --data data.jsonl",
-        "",
-        ["measuring the mean gates", "joining the experts of each module", "measuring what it costs", "2/2"],
+    "export": ("export trained OUT --as lora --gates uniform", "", ["joining the experts of each module"]),
+    "measure": (
+        "measure trained --base base --data data.jsonl --mean-gates OUT/means.json --exported experts",
+        "expert_1",
+        ["measuring the mean gates", "measuring what it costs", "4/4"],
     ),
     "train": (
         "train --model base --data data.jsonl --output-dir OUT --steps 2 --num-experts 2 --target-modules q_proj",

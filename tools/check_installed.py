@@ -15,7 +15,7 @@ import numpy as np
 import moe_lora_interop
 
 FRAMEWORKS = {"jax", "flax", "torch", "transformers", "peft"}
-CALLS = {"train --help": "train", "run -- -m this": "torch"}
+CALLS = {"train --help": "train", "measure --help": "train", "run -- -m this": "torch"}
 """Calls of the program, and the extra that each needs."""
 
 
@@ -61,9 +61,16 @@ def read_and_convert(directory: Path) -> None:
 def shell(directory: Path, extras: set[str]) -> None:
     """The program of the wheel: what works here works, and what does not says which extra is missing."""
     program = Path(sys.executable).with_name("moe-lora")
-    for arguments in (["dialects"], ["inspect", str(directory)], ["verify", str(directory)]):
-        done = subprocess.run([program, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+    with tempfile.TemporaryDirectory() as folder:
+        for arguments in (
+            ["dialects"],
+            ["inspect", directory],
+            ["verify", directory],
+            ["export", directory, f"{folder}/experts", "--as", "lora-experts"],
+            ["export", directory, f"{folder}/lora", "--as", "lora", "--gates", "uniform"],
+        ):
+            done = subprocess.run([program, *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
     for call, extra in CALLS.items():
         done = subprocess.run([program, *call.split()], capture_output=True, text=True)
         if extra in extras:

@@ -108,7 +108,7 @@ def export_report(
     """
     others: dict[str, Adapter | None] = {"base without adapter": None}
     directory = Path(exported)
-    folders = sorted(directory.glob("expert_*"), key=lambda p: int(p.name.removeprefix("expert_")))
+    folders = sorted(directory.glob("expert_*"), key=lambda p: (len(p.name), p.name))
     others |= {path.name: read_plain_lora(path) for path in folders or [directory]}
     full = load_base_model(base)
     batches, compare = _batches(full, base, data, max_length), partial(_compare, task=task)

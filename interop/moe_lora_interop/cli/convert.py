@@ -1,4 +1,4 @@
-"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`. (`export` needs jax.)"""
+"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`."""
 
 import dataclasses
 import json

@@ -22,6 +22,7 @@ SUMMARIES = {
     "export": "Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.",
     "generate": "Continue a prompt, with or without an adapter.",
     "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.",
+    "measure": "Measure a mixture on data: its mean gates for `export --gates`, or what an export costs.",
     "quickstart": "Train a small mixture, show what its experts do, and load it in PyTorch PEFT.",
     "report": "Write a page about an adapter: what its experts do, how alike they are, how training went.",
     "run": "Run a Python script with the PEFT method MOE_LORA registered, although it never imports it.",
