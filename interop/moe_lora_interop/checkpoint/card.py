@@ -7,10 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
+from moe_lora_interop.config.base_name import hub_name
 from moe_lora_interop.config.in_words import routing_in_words
 
 CARD_NAME = "README.md"
 PLACEHOLDER = "# Model Card for Model ID"
+_TAGS = "tags: [moe-lora, mixture-of-experts, lora]"
 
 _TEMPLATE = """---
 {metadata}
@@ -72,16 +74,22 @@ def model_card(
 
     Args:
         tensors: {stored name: (dtype, shape)}.
-        metadata: YAML for the card's head; None: the library, the tags, and the base model if it is known.
+        metadata: YAML for the card's head; None: the library, the tags, and the base model if it is known. A base
+            model is named there by its id on the Hugging Face Hub, which refuses a card with a path, or not at all.
     """
+    base = config.base_model_name_or_path or "unknown"
+    known = hub_name(base) if config.base_model_name_or_path else None
     if metadata is None:
-        base = [f"base_model: {json.dumps(config.base_model_name_or_path)}"] if config.base_model_name_or_path else []
-        metadata = "\n".join(["library_name: peft", *base, "tags: [moe-lora, mixture-of-experts, lora]"])
+        metadata = "\n".join(["library_name: peft", f"base_model: {json.dumps(base)}", _TAGS])
+    if known is None or base not in metadata:
+        metadata = "\n".join(line for line in metadata.splitlines() if "base_model" not in line)
+    else:
+        metadata = metadata.replace(base, known.id)
     rows = "\n".join(f"| `{name}` | {dtype} | {list(shape)} |" for name, (dtype, shape) in sorted(tensors.items()))
     root = "sqrt(r)" if config.use_rslora else "r"
     return _TEMPLATE.format(
         metadata=metadata,
-        base=config.base_model_name_or_path or "unknown",
+        base=base if known is None else known.id,
         version=FORMAT_VERSION,
         experts=config.num_experts,
         r=config.r,
