@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,8 @@ class Adapter:
         config: with target_modules resolved to the sorted list of modules that have experts.
         tensors: {(module, role): array}; roles and their canonical axes are `rules.ROLES`. A router of a
             feed-forward block is at the block's path, a router of the model at "".
+        base_tensors: {name: array} of the base model that came with the adapter (`rules.base_tensors`); no part of it,
+            and never written.
 
     Raises:
         CheckpointError: a tensor that the config implies is missing, one it does not imply is present, or one has
@@ -29,6 +31,7 @@ class Adapter:
 
     config: MoeLoraConfig
     tensors: Mapping[tuple[str, str], np.ndarray]
+    base_tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         native = {s: t if t.dtype.isnative else t.astype(t.dtype.newbyteorder("=")) for s, t in self.tensors.items()}

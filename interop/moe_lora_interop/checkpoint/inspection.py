@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_lora_interop.checkpoint import directory as storage
 from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_interop.checkpoint.base_tensors import base_problems, left_out
 from moe_lora_interop.checkpoint.read_write import METADATA, layout_of, opened
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
@@ -20,6 +21,7 @@ from moe_lora_interop.disk import files
 from moe_lora_interop.disk.digest import NAME as DIGEST
 from moe_lora_interop.disk.files import TensorInfo
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.rules.base_tensors import base_tensors, name_in_base, whole_modules
 
 METADATA_KEYS = {*METADATA, DIGEST}
 
@@ -36,6 +38,7 @@ class Inspection:
         parameters: number of values in all tensors.
         bytes: size of all tensors, in bytes.
         metadata: of the safetensors header.
+        notes: what else the file holds: tensors of the base model, whole modules.
     """
 
     dialect: str
@@ -45,6 +48,7 @@ class Inspection:
     parameters: int
     bytes: int
     metadata: dict[str, str]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -82,7 +86,15 @@ def inspect(directory: str | os.PathLike[str], dialect: str | None = None, **opt
     tensors, metadata = stored.infos, stored.metadata
     counts = {name: math.prod(t.shape) for name, t in tensors.items()}
     size = sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items())
-    return Inspection(name, config, routing_in_words(config), tensors, sum(counts.values()), size, metadata)
+    notes = list(_notes(name, config, tensors))
+    return Inspection(name, config, routing_in_words(config), tensors, sum(counts.values()), size, metadata, notes)
+
+
+def _notes(dialect: str, config: MoeLoraConfig, infos: dict[str, TensorInfo]) -> Iterator[str]:
+    whole = whole_modules(config.modules_to_save or (), infos)
+    shapes = {name: np.broadcast_to(np.float32(0), info.shape) for name, info in infos.items() if name not in whole}
+    yield from left_out(base_tensors(dialect_named(dialect).rules, shapes))
+    yield from (f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole)
 
 
 def bits(dtype: str) -> int:
@@ -103,7 +115,9 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
             path = Path(directory)
             metadata = storage.open_directory(path, dialect_named(layout_of(path)), {}).metadata
             findings = [*_metadata_findings(metadata), *_value_findings(adapter)]
-            return findings + (list(_base_findings(adapter, Path(base))) if base is not None else [])
+            if base is None:
+                return [*findings, *(Finding("note", text) for text in left_out(adapter.base_tensors))]
+            return [*findings, *_base_findings(adapter, Path(base))]
     except (CheckpointError, ConfigError) as error:
         return [Finding("error", f"{error.what}: {problem}") for problem in error.problems] or [
             Finding("error", error.what)
@@ -137,13 +151,37 @@ def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
     shapes = base_shapes(base)
     for module in adapter.modules:
         found = (adapter.tensors[module, "lora_B"].shape[1], adapter.tensors[module, "lora_A"].shape[-1])
-        expected = shapes.get(f"{module}.weight")
+        expected = shapes.get(_stored_name(f"{module}.weight", shapes) or "")
         if expected is None:
             yield Finding("error", f"{module}: not in the base model at {base}")
         elif found != expected:
             yield Finding(
                 "error", f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
             )
+    of_base = _of_base(adapter, base)
+    for name in adapter.base_tensors.keys() - of_base.keys():
+        yield Finding("error", f"{name_in_base(name)}: came with the adapter, not in the base model at {base}")
+    for problem in base_problems(adapter.base_tensors, of_base):
+        yield Finding("error", problem)
+
+
+def _of_base(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
+    """The base's own tensors for those that came with the adapter."""
+    places = {name: path for path in sorted(base.glob("*.safetensors")) for name in files.read_header(path)[0]}
+    found = {}
+    for name in adapter.base_tensors:
+        if (stored := _stored_name(name_in_base(name), places)) is not None:
+            with files.open_tensors(places[stored]) as tensors:
+                found[name] = np.asarray(tensors[stored])
+    return found
+
+
+def _stored_name(name: str, stored: Collection[str]) -> str | None:
+    """What a tensor is called in the base's files: a head that is not stored is the embeddings (tied)."""
+    embeddings = [n for n in stored if n.endswith("embed_tokens.weight")]
+    if name not in stored and name == "lm_head.weight" and len(embeddings) == 1:
+        return embeddings[0]
+    return name if name in stored else None
 
 
 def base_shapes(base: Path) -> dict[str, tuple[int, ...]]:

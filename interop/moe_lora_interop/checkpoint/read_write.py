@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_lora_interop.checkpoint import directory as storage
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
+from moe_lora_interop.checkpoint.base_tensors import check_no_whole_modules, warn_of_base_tensors
 from moe_lora_interop.checkpoint.card import CARD_NAME, model_card
 from moe_lora_interop.checkpoint.prototypes import complete_prototypes
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE, MoeLoraConfig
@@ -20,6 +21,7 @@ from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_fi
 from moe_lora_interop.disk.digest import NAME as DIGEST
 from moe_lora_interop.disk.digest import begun, digest
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.rules.base_tensors import base_tensors
 from moe_lora_interop.rules.configs import config_of, differences, options_of, raw_of
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import Canonical, Sizes, decode, encode
@@ -67,9 +69,24 @@ def read(directory: str | os.PathLike[str], dialect: str | None = None, **option
 
     Raises:
         CheckpointError, ConfigError: with every problem found.
+
+    Warns:
+        UserWarning: the file also holds tensors of the base model (`Adapter.base_tensors`), which nothing was compared
+            with. `mlj.load_adapter` compares them with the model, `verify` with a directory.
     """
+    adapter = read_with_base(directory, dialect, **options)
+    warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
+    return adapter
+
+
+def read_with_base(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Adapter:
+    """`read` for callers that compare the adapter's `base_tensors` with a base model themselves."""
     with opened(directory, dialect, **options) as adapter:
-        return Adapter(adapter.config, {slot: np.asarray(tensor) for slot, tensor in adapter.tensors.items()})
+        return Adapter(adapter.config, _in_memory(adapter.tensors), _in_memory(adapter.base_tensors))
+
+
+def _in_memory(tensors: Mapping[Any, np.ndarray]) -> dict[Any, np.ndarray]:
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -104,12 +121,14 @@ def _open(
     stored = storage.open_directory(path, table, options)
     table = table.specialised(stored.raw)
     flat = stored.tensors(sources)
+    check_no_whole_modules(path, stored.raw, flat)
+    of_base = base_tensors(table.rules, flat)
     if table.name == "native":
         config = MoeLoraConfig.from_dict(stored.raw)
         problems = [f"option {name}: layout 'native' takes no options" for name in options]
         tensors, found = decode(table.rules, flat, config_sizes(config))
         _check_digest(path, config, flat, stored.metadata)
-        return _adapter(path, table, config, tensors, problems + found), DIGEST in stored.metadata
+        return _adapter(path, table, config, tensors, of_base, problems + found), DIGEST in stored.metadata
 
     def decoded(sizes: Sizes) -> tuple[Canonical, list[str]]:
         tensors, problems = decode(table.rules, flat, sizes)
@@ -122,7 +141,7 @@ def _open(
     except ConfigError as error:
         raise ConfigError(f"{path} cannot be read as {table.name}", [*problems, *error.problems]) from None
     tensors, problems = decoded(config_sizes(config))  # now with every size known
-    return _adapter(path, table, config, tensors, problems), False
+    return _adapter(path, table, config, tensors, of_base, problems), False
 
 
 def layout_of(path: Path) -> str:
@@ -155,7 +174,11 @@ def write(
     Raises:
         CheckpointError: the layout cannot hold something, or the disk refuses; the old checkpoint is then intact.
         ConfigError: the layout cannot express a config field that is not in `allow_loss`.
+
+    Warns:
+        UserWarning: the adapter came with tensors of its base model (`Adapter.base_tensors`), which are not written.
     """
+    warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
     table, config = dialect_named(dialect), adapter.config
     if table.name == "native":
         raw = config.to_dict()
@@ -192,9 +215,16 @@ def _foreign_config(table: Dialect, adapter: Adapter, allow_loss: Collection[str
     return raw
 
 
-def _adapter(path: Path, table: Dialect, config: MoeLoraConfig, tensors: Canonical, problems: list[str]) -> Adapter:
+def _adapter(
+    path: Path,
+    table: Dialect,
+    config: MoeLoraConfig,
+    tensors: Canonical,
+    of_base: Mapping[str, np.ndarray],
+    problems: list[str],
+) -> Adapter:
     try:
-        adapter, found = Adapter(config, tensors), problems
+        adapter, found = Adapter(config, tensors, of_base), problems
     except CheckpointError as error:
         found = [*problems, *error.problems]
     if found:

@@ -1,5 +1,6 @@
 """Native format version 1: what PEFT's own save_pretrained writes for the MOE_LORA tuner. See FORMAT.md."""
 
+from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import Rule
 
@@ -17,6 +18,7 @@ NATIVE = Dialect(
         Rule("router_{j}", "base_model.moe_lora_router_{j}.weight", "unit in", module=""),
         Rule("router_bias_{j}", "base_model.moe_lora_router_{j}.bias", "unit", module=""),
         Rule("task_embedding", "base_model.moe_lora_task_embedding.weight", "task dim", module=""),
+        *BASE_TENSORS,
     ),
     needs=frozenset({"lora_A", "lora_B"}),
     const={"peft_type": ("MOE_LORA",)},

@@ -66,6 +66,10 @@ def combine(
         ]
     if not allow_different_bases:
         problems += _base_problems(adapters)
+    of_base: dict[str, np.ndarray] = {}
+    for name, adapter in adapters.items():
+        problems += [f"{name}: {problem}" for problem in _unequal(adapter.base_tensors, of_base)]
+        of_base = {**adapter.base_tensors, **of_base}
     if problems:
         raise CheckpointError("these adapters cannot be combined", problems)
 
@@ -84,7 +88,7 @@ def combine(
         a, b = _stacked(factors[module])
         tensors[module, "lora_A"], tensors[module, "lora_B"] = a, b
         tensors[module, "router"] = make_rows(a, b)
-    return Adapter(config, tensors)
+    return Adapter(config, tensors, of_base)
 
 
 def _read_all(directories: Sequence[str | os.PathLike[str]], on_progress: OnProgress) -> dict[str, Adapter]:
@@ -123,6 +127,15 @@ def _base_problems(adapters: Mapping[str, Adapter]) -> list[str]:
     if len(known) < 2:
         return []
     return [f"{name}: base model {base!r}; the adapters must be for the same one" for name, base in bases.items()]
+
+
+def _unequal(found: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> list[str]:
+    both = [name for name in found if name in others]
+    return [
+        f"{name}: other values than in the adapters before, whose base model was another"
+        for name in both
+        if (found[name].dtype, found[name].tobytes()) != (others[name].dtype, others[name].tobytes())
+    ]
 
 
 def _factors(adapter: Adapter, module: str, use_rslora: bool, others: Mapping[str, Adapter]) -> Factors:
