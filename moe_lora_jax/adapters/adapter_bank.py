@@ -15,6 +15,7 @@ from moe_lora_interop.checkpoint.read_write import read_with_base
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.tensors import decode, encode
 from moe_lora_jax.adapters.apply import linear_layers, remove_moe_lora
+from moe_lora_jax.adapters.authenticity import check_ours
 from moe_lora_jax.adapters.base_check import check_fits
 from moe_lora_jax.adapters.dtypes import FileDtypes, for_file, for_training
 from moe_lora_jax.adapters.jax_tree import JAX_TREE
@@ -124,6 +125,10 @@ class AdapterBank:
             CheckpointError: as `mlj.to_adapter` does.
         """
         number = self._number(name)
+        for module, layer in self._layers.items():
+            for stack, members in zip(layer.stacks, layer.members, strict=True):
+                if number in members:
+                    check_ours(stack, self._configs[number], module)
         stored = {path: np.asarray(jax.device_get(v[...][place])) for path, v, place in self._variables(number)}
         config = self._configs[number]
         tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))

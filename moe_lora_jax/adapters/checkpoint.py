@@ -17,6 +17,7 @@ from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.export.combining import combine as combine_adapters
 from moe_lora_interop.rules.tensors import decode, encode
 from moe_lora_jax.adapters.apply import adapted_names, apply_to_modules, linear_layers
+from moe_lora_jax.adapters.authenticity import check_ours
 from moe_lora_jax.adapters.base_check import check_fits
 from moe_lora_jax.adapters.dtypes import for_file, for_training
 from moe_lora_jax.adapters.jax_tree import JAX_TREE
@@ -35,7 +36,8 @@ def to_adapter(model: Any, *, dtype: Any = None) -> Adapter:
             those of the variables.
 
     Raises:
-        CheckpointError: the model carries none, or several; a value is too large for the dtype.
+        CheckpointError: the model carries none, or several; its layers or routers are not what its config says
+            (`authenticity`); a value is too large for the dtype.
         ValueError: no dtype that adapters have.
     """
     if not has_adapter(model):
@@ -45,6 +47,7 @@ def to_adapter(model: Any, *, dtype: Any = None) -> Adapter:
             "the model has an AdapterBank: save its adapters by name, with the bank's save_pretrained"
         )
     config = model.moe_lora_config
+    check_ours(model, config)
     stored = {path: whole(leaf) for path, leaf in _leaves(model).items()}
     tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
     if problems:
