@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import moe_lora_interop
+from moe_lora_interop.checkpoint.read_write import read_with_base
 from moe_lora_interop.cli.flags_file import write_file
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
@@ -33,6 +33,7 @@ def train(
     adapter_config: Path | None = None,
     init_adapter: Path | None = None,
     init_dialect: str | None = None,
+    base_name: str | None = None,
     epochs: int = TrainSettings.epochs,
     steps: int | None = TrainSettings.steps,
     batch_size: int = TrainSettings.batch_size,
@@ -87,6 +88,8 @@ def train(
         init_adapter: continue from this adapter (any readable layout). It brings its own config; of the flags above, a
             dropout or loss coefficient that is given wins over it, 0 too, and the others are refused.
         init_dialect: that layout's name; None detects it.
+        base_name: what the adapter calls its base model, for example the id on the Hugging Face Hub. None: the Hub's
+            name that the path or config.json tells, else the path.
         epochs: passes over the data.
         steps: optimizer steps, instead of epochs.
         batch_size: rows per forward pass.
@@ -142,13 +145,14 @@ def train(
 
         from moe_lora_jax.adapters.apply import apply_moe_lora
         from moe_lora_jax.adapters.checkpoint import load_adapter
+        from moe_lora_jax.adapters.parameter_summary import summary
         from moe_lora_jax.models import load_base_model
         from moe_lora_jax.processes import connect, is_first, once
         from moe_lora_jax.sharding import make_mesh
         from moe_lora_jax.train.data import read_data, split_data
         from moe_lora_jax.train.loop import train as run
         from moe_lora_jax.train.run_dir import check_free
-        from moe_lora_jax.train.tokenizer import load_tokenizer
+        from moe_lora_jax.train.tokenizer import load_tokenizer, save_tokenizer
 
         connect(coordinator, num_processes, process_id)
         if not axes and jax.process_count() > 1:
@@ -176,9 +180,10 @@ def train(
         apply_moe_lora(base, adapter, rngs=nnx.Rngs(seed))
     else:
         assert init_adapter is not None
-        start = moe_lora_interop.read(init_adapter, init_dialect)
+        start = read_with_base(init_adapter, init_dialect)
         start = dataclasses.replace(start, config=dataclasses.replace(start.config, **fields))
         load_adapter(base, start, rngs=nnx.Rngs(seed))
+    shell.say(f"base model: {summary(base).base}")
     if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})
     pad_id = tokenizer.pad_token_id or 0
@@ -200,6 +205,7 @@ def train(
             print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
             print(f"  {_resume_command()}")
         return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
+    once(lambda: save_tokenizer(tokenizer, output_dir))
     if result.losses:
         first, last = min(result.losses), max(result.losses)
         shell.say(f"training loss {result.losses[first]:.4f} (step {first}) -> {result.losses[last]:.4f} (step {last})")
@@ -229,6 +235,7 @@ def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
         ConfigError: a field that is init_adapter's to say.
     """
     given = {f: values[f] for f in ADAPTER_FLAGS if values[f] is not None}
+    base = {} if values["base_name"] is None else {"base_model_name_or_path": values["base_name"], "revision": None}
     if given.get("top_k") == "all":
         given["top_k"] = None
     if "target_modules" in given:
@@ -239,11 +246,11 @@ def _adapter_fields(values: dict[str, Any]) -> dict[str, Any]:
         wrong = [f for f in given if f not in TRAINING_FLAGS] + (["adapter_config"] if file is not None else [])
         if wrong:
             raise ConfigError("init_adapter brings its own config", [f"{f}: found beside init_adapter" for f in wrong])
-        return given
+        return {**given, **base}
     from_file = read_json(file) if file is not None else {}
-    fixed = {"base_model_name_or_path": str(values["model"]), "task_type": "CAUSAL_LM"}
+    fixed = {"task_type": "CAUSAL_LM"}
     defaults = {"format_version": MoeLoraConfig.format_version, "target_modules": DEFAULTS["target_modules"]}
-    return {**defaults, **fixed, **from_file, **given}
+    return {**defaults, **fixed, **from_file, **given, **base}
 
 
 def _axes(mesh: tuple[str, ...], problems: list[str]) -> dict[str, int]:

@@ -1,9 +1,11 @@
 """The tokenizer in a model directory, and the tokens that training and generation must agree on."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_interop.disk.files import CONFIG_NAME
 from moe_lora_interop.errors import CheckpointError
 
@@ -28,6 +30,17 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot read the tokenizer in {directory}", [str(error)]) from error
+
+
+def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Writes the tokenizer beside an adapter, as PEFT's and TRL's trainers do; files that are there stay."""
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        for path in Path(made).rglob("*"):
+            target = Path(directory) / path.relative_to(made)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(target, path.read_bytes())
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
