@@ -15,8 +15,8 @@ import moe_lora_interop
 import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
 from moe_lora_interop.config.base_name import HubName, hub_name
-from moe_lora_jax.cli.train import train
 from tests.hf import make_model
+from tests.verbs import train_verb
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 REVISION = "4e20de362430cd3b72f300e6b0f18e50e7166e08"
@@ -129,7 +129,7 @@ def test_a_save_by_peft_has_no_path_in_its_yaml(tmp_path, cached):
 
 
 def test_the_verb_names_the_base_and_saves_the_tokenizer(base, small_dirs, tmp_path, capsys):  # noqa: F811
-    train(in_cache(base, tmp_path), small_dirs["data"], tmp_path / "out", **SIZES)
+    train_verb(in_cache(base, tmp_path), small_dirs["data"], tmp_path / "out", **SIZES)
     assert f"base model: {NAME}\n" in capsys.readouterr().out
     assert moe_lora_interop.read(tmp_path / "out").config.base_model_name_or_path == NAME
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -143,7 +143,9 @@ def test_the_verb_names_the_base_and_saves_the_tokenizer(base, small_dirs, tmp_p
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "tokenizer_config.json").write_text("mine")
     only = {"steps": 1, "batch_size": 2, "max_length": 64}
-    train(base, small_dirs["data"], tmp_path / "two", init_adapter=tmp_path / "out", base_name="other/name", **only)
+    train_verb(
+        base, small_dirs["data"], tmp_path / "two", init_adapter=tmp_path / "out", base_name="other/name", **only
+    )
     config = moe_lora_interop.read(tmp_path / "two").config
     assert (config.base_model_name_or_path, config.revision) == ("other/name", None)
     assert (tmp_path / "two" / "tokenizer_config.json").read_text() == "mine"

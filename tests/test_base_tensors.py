@@ -15,7 +15,7 @@ import moe_lora_jax as mlj
 from moe_lora_interop import CheckpointError
 from moe_lora_interop.cli.main import main
 from moe_lora_interop.rules.base_tensors import base_tensors, name_in_base
-from moe_lora_interop.rules.tensors import Rule
+from moe_lora_interop.rules.tensors import Rule, claimed
 
 HEAD, SAVED = "lm_head.base_layer.weight", "base_model.model.lm_head.base_layer.weight"
 EMBEDDINGS = {"lm_head.weight", "model.embed_tokens.weight"}
@@ -181,7 +181,7 @@ def test_only_names_that_peft_writes_are_taken_for_the_bases():
     prefix, matrix = "base_model.model.", np.zeros((2, 3), np.float32)
     known = [HEAD, "lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight", "lm_head.base_layer.bias"]
     stored = {prefix + name: matrix[0] if name.endswith("bias") else matrix for name in known}
-    assert base_tensors(rules, stored).keys() == set(known)
+    assert base_tensors(claimed(rules, stored)[0]).keys() == set(known)
     assert name_in_base(HEAD) == "lm_head.weight"
     others = [
         "lm_head.moe_lora_B",
@@ -189,7 +189,8 @@ def test_only_names_that_peft_writes_are_taken_for_the_bases():
         "lm_head.lora_A.weight",
         "lm_head.other",
     ]
-    assert base_tensors(rules, {prefix + name: matrix for name in others} | {"lm_head.weight": matrix}) == {}
+    others = {prefix + name: matrix for name in others} | {"lm_head.weight": matrix}
+    assert base_tensors(claimed(rules, others)[0]) == {}
 
 
 def test_a_rule_for_the_bases_tensors_is_never_written():

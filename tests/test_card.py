@@ -3,11 +3,13 @@
 import peft
 import pytest
 import transformers
+import yaml
 
 import moe_lora_interop.peft_tuner as tuner
-from moe_lora_interop.checkpoint.card import PLACEHOLDER
+from moe_lora_interop.checkpoint.card import PLACEHOLDER, model_card
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
+from moe_lora_interop.disk.files import TensorInfo
 from tests.hf import make_model
 
 IMPORT = "import moe_lora_interop.peft_tuner"
@@ -24,7 +26,9 @@ def test_a_save_by_peft_has_the_import_line_the_rule_and_the_tensors(model, tmp_
     card = (tmp_path / "README.md").read_text()
     assert IMPORT in card and PLACEHOLDER not in card
     assert "keep the 2 largest" in card
-    assert "| `base_model.model.model.layers.0.self_attn.q_proj.moe_lora_A` | F32 | [3, 2, 32] |" in card
+    assert 'pip install "moe-lora-jax[torch]"' in card
+    assert "6 tensors, 960 parameters, 3,840 bytes (F32)." in card
+    assert "| `model.layers.*.self_attn.q_proj` | 2 | 3 | 32 | 32 | 2 |" in card
     assert f"transformers {transformers.__version__}" in card and f"peft {peft.__version__}" in card
 
 
@@ -58,3 +62,65 @@ def test_a_users_own_card_stays(model, tmp_path):
 )
 def test_the_rule_in_words(fields, rule):
     assert routing_in_words(MoeLoraConfig(**fields)) == rule
+
+
+def head_of(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+@pytest.mark.parametrize(
+    ("base", "known"),
+    [
+        ("org/base-1.5B", True),
+        ("gpt2", True),
+        ("/models/base", False),
+        ("./base", False),
+        ("a: b", False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_only_an_id_of_the_hub_stands_in_the_head(base, known, by_peft):
+    of_peft = f"base_model: {base}\nlibrary_name: peft\ntags:\n- base_model:adapter:{base}\n- transformers"
+    card = model_card(MoeLoraConfig(base_model_name_or_path=base), {}, of_peft if by_peft else None)
+    head = head_of(card)
+    assert head.get("base_model") == (base if known else None) and head["library_name"] == "peft"
+    assert any("base_model:adapter" in tag for tag in head["tags"]) == (known and by_peft)
+    assert f"Base model: `{base or 'unknown'}`." in card
+
+
+def test_a_directory_is_no_id_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    assert "base_model" not in head_of(model_card(MoeLoraConfig(base_model_name_or_path="org/base"), {}))
+
+
+def test_modules_of_different_sizes_have_rows_of_their_own():
+    """By hand: two kinds of layer, one of them with plain LoRA in the first layer and unequal ranks in the second."""
+    config = MoeLoraConfig(
+        r=2,
+        num_experts=3,
+        num_experts_pattern={r"layers\.0\.mlp\.up": 1},
+        rank_pattern={r"layers\.1\.mlp\.up": [1, 4, 2]},
+        target_modules=["up", "q"],
+    )
+    shapes = {
+        "model.layers.0.mlp.up": ((1, 2, 8), (1, 16, 2)),
+        "model.layers.1.mlp.up": ((3, 4, 8), (3, 16, 4)),
+        "model.layers.0.attn.q": ((3, 2, 8), (3, 8, 2)),
+        "model.layers.1.attn.q": ((3, 2, 8), (3, 8, 2)),
+    }
+    infos = {
+        f"base_model.model.{module}.moe_lora_{name}": TensorInfo("BF16", shape)
+        for module, of_module in shapes.items()
+        for name, shape in zip("AB", of_module, strict=True)
+    }
+    card = model_card(config, infos)
+    rows = [line for line in card.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == [
+        "| `model.layers.*.attn.q` | 2 | 3 | 8 | 8 | 2 |",
+        "| `model.layers.*.mlp.up` | 1 | 1 | 8 | 16 | 2 |",
+        "| `model.layers.*.mlp.up` | 1 | 3 | 8 | 16 | [1, 4, 2] |",
+    ]
+    values = 16 + 32 + 96 + 192 + 2 * (48 + 48)
+    assert f"8 tensors, {values} parameters, {2 * values:,} bytes (BF16)." in card

@@ -108,6 +108,10 @@ def test_help_lists_the_verbs_and_no_verb_is_wrong_use():
     assert shell().returncode == 2
 
 
+def test_the_version_is_that_of_the_package():
+    assert shell("--version").stdout == f"moe-lora {moe_lora_interop.__version__}\n"
+
+
 def test_every_verb_is_listed_with_the_first_line_of_its_own_help():
     ours = {p.name: p.load().__doc__.strip().splitlines()[0] for p in entry_points(group=cli.GROUP)}
     assert cli.SUMMARIES == ours

@@ -1,12 +1,11 @@
 """Detection on what the programs write for a 7B Llama: names and shapes, spelled out here and not from the rules."""
 
-import contextlib
-
 import numpy as np
 import pytest
 
 import moe_lora_interop
-from moe_lora_interop.checkpoint.directory import open_directory, store
+from moe_lora_interop.checkpoint.directory import Directory
+from moe_lora_interop.checkpoint.store import store
 from moe_lora_interop.dialects.lora import PLAIN_LORA
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects, register_dialect
 from moe_lora_interop.disk import torch_files
@@ -255,12 +254,12 @@ def written(layout, tmp_path, change):
     """A sample in a layout, with its stored tensors changed by `change(tensors)` before they are written."""
     moe_lora_interop.write(sample(layout), tmp_path / "good", layout)
     table = dialect_named(layout)
-    stored = open_directory(tmp_path / "good", table if table.folders else None, {})
-    with contextlib.ExitStack() as sources:
-        tensors = {name: np.asarray(tensor) for name, tensor in stored.tensors(sources).items()}
+    with Directory(tmp_path / "good") as directory:
+        stored = directory.stored(table)
+        tensors = {name: np.asarray(tensor) for name, tensor in stored.tensors().items()}
     change(tensors)
     (tmp_path / "bad").mkdir()
-    for name, write in store(tmp_path / "bad", table, stored.raw, tensors, {"format": "pt"}).items():
+    for name, write in store(table, stored.raw, tensors).items():
         write(tmp_path / "bad" / name)
     return tmp_path / "bad"
 

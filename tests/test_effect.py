@@ -16,7 +16,7 @@ from benchmarks.effect.knockout import favourites, own_and_others, without
 from benchmarks.effect.methods import METHODS
 from benchmarks.effect.plan import GRID, RATES, SEEDS, Run, final_rows, next_run
 from benchmarks.effect.rows import ROWS, read_rows
-from benchmarks.effect.score import make_scorer
+from benchmarks.effect.score import score
 from benchmarks.effect.session import Session, Settings, batches
 from benchmarks.effect.table import RESULTS, replaced, tables
 from benchmarks.effect.tasks import Item
@@ -163,7 +163,7 @@ def test_scores_are_those_of_greedy_decoding(base):
     other[6] = (other[6] + 1) % 96
     counted = np.arange(8) >= 4
     examples = [Example(ids.astype(np.int32), counted, 1) for ids in (written, other)]
-    found = make_scorer(graphdef)(state, examples, 12)
+    found = score(graphdef, state, examples, 12)
     assert found.correct.tolist() == [True, False]
     for ids, loss in zip((written, other), found.loss, strict=True):
         logits = np.asarray(model(ids[None]), np.float64)[0]

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import moe_lora_interop
 import moe_lora_jax as mlj
-from moe_lora_interop.disk.files import TensorInfo, read_tensors
+from moe_lora_interop.disk.files import read_tensors
+from moe_lora_interop.disk.lazy import Lazy
 from moe_lora_interop.export import export_mixtral
-from moe_lora_interop.export.mixtral import Planned, shard_writers
+from moe_lora_interop.export.mixtral import shard_writers
 from tests.adapters import assert_same_tensors
 from tests.hf import Saved, save_model
 from tests.peers_data import ROOT, Peer
@@ -312,7 +313,7 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     shape = (256, 1024)  # 1 MiB
-    plan = [Planned(f"t{n}", TensorInfo("F32", shape), lambda n=n: np.full(shape, n, "f4")) for n in range(40)]
+    plan = {f"t{n}": Lazy(np.dtype("f4"), shape, lambda n=n: np.full(shape, n, "f4")) for n in range(40)}
     tracemalloc.start()
     for name, write in shard_writers(plan, 12 << 20).items():
         write(tmp_path / name)

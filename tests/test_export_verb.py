@@ -1,7 +1,6 @@
 """`moe-lora export`: arguments, mean gates, and what the export costs against the full mixture."""
 
 import json
-from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -11,17 +10,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import moe_lora_interop
 import moe_lora_jax as mlj
-from moe_lora_interop.cli import export as verbs_export
-from moe_lora_interop.cli.export import export
 from moe_lora_interop.export.plain_lora import read_plain_lora
+from moe_lora_jax.cli.export import export
 from moe_lora_jax.train.data import read_data
 from moe_lora_jax.train.tokenizer import load_tokenizer
-from tests.adapters import make_adapter
 from tests.hf import make_model, save_model
 from tests.peers_data import Peer
-
-MEASURES = {name: f"moe_lora_jax.measure.export_report:{name}" for name in ("mean_gates", "export_report")}
-
 
 WORDS = [f"w{n}" for n in range(60)]
 
@@ -42,7 +36,7 @@ def made(tmp_path_factory):
     texts = [" ".join(rng.choice(WORDS, length)) for length in (4, 9, 9, 4, 9)]
     (root / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     for name, fields in {
-        "linear": {},
+        "linear": {"routed_scaling_factor": 1.5},
         "model": {"scope": "model", "router_bias": True},
         "ffn": {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
         "task": {"scope": "model", "router_input": "task", "num_tasks": 3, "task_embedding_dim": 4, "top_k": None},
@@ -52,12 +46,6 @@ def made(tmp_path_factory):
         config = mlj.MoeLoraConfig(**{**settings, "init_lora_weights": False, **fields})
         mlj.save_pretrained(mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0)), root / name)
     return root
-
-
-@pytest.fixture(autouse=True)
-def measures(monkeypatch):
-    points = [EntryPoint(name, value, verbs_export.GROUP) for name, value in MEASURES.items()]
-    monkeypatch.setattr(verbs_export, "entry_points", lambda group: points)
 
 
 def run(*args):
@@ -83,6 +71,7 @@ def test_mean_gates_are_the_averages_over_real_tokens(made, kind, tmp_path, caps
     exported = read_plain_lora(tmp_path / "out")
     for module in adapter.modules:
         mean = np.concatenate(gates[module if kind == "linear" else "model"]).mean(axis=0)
+        mean = adapter.config.routed_scaling_factor * mean
         sizes = adapter.config.for_module(module)
         expected = [g * s * b for g, s, b in zip(mean, sizes.scalings, adapter.tensors[module, "lora_B"], strict=True)]
         found = exported.tensors[module, "lora_B"][0]
@@ -183,26 +172,3 @@ def test_gates_that_do_not_fit(made, kind, args, reason, tmp_path):
     with pytest.raises(moe_lora_interop.ConfigError, match=reason):
         run(made / kind, tmp_path / "out", "--as", "lora", *args, *measured)
     assert not (tmp_path / "out").exists()
-
-
-def test_without_the_measuring_package(tmp_path, monkeypatch):
-    moe_lora_interop.write(make_adapter(), tmp_path / "in")
-    args = [
-        tmp_path / "in",
-        tmp_path / "out",
-        "--as",
-        "lora",
-        "--gates",
-        "mean",
-        "--base",
-        tmp_path,
-        "--data",
-        tmp_path,
-    ]
-    monkeypatch.setattr(verbs_export, "entry_points", lambda group: [])
-    with pytest.raises(moe_lora_interop.CheckpointError, match="needs the package 'moe_lora_jax'"):
-        run(*args)
-    broken = EntryPoint("mean_gates", "no_such_package.x:y", verbs_export.GROUP)
-    monkeypatch.setattr(verbs_export, "entry_points", lambda group: [broken])
-    with pytest.raises(moe_lora_interop.CheckpointError, match="needs the package 'no_such_package'"):
-        run(*args)

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import moe_lora_interop
-from moe_lora_interop.checkpoint.implied_tensors import DTYPES
 from moe_lora_interop.config.adapter_config import BOOKKEEPING, FORMAT_VERSION
 from moe_lora_interop.dialects import NATIVE
+from moe_lora_interop.disk.dtypes import STORED
 from moe_lora_interop.disk.files import read_tensors
 from moe_lora_interop.rules.tensors import AXES
 from tests.adapters import make_adapter
@@ -62,7 +62,7 @@ def test_names_in_the_text_exist():
     assert words - known <= {"lora_alpha_e", "g_e", "s_e", "g_qe", "r_e", "sum_e"}, words - known
     section = DOC[DOC.index("without the bookkeeping fields (") :].split("which people")[0]
     assert set(re.findall(r"`(\w+)`", section)) == set(BOOKKEEPING)
-    assert f"version {FORMAT_VERSION}" in DOC and all(d in DOC for d in DTYPES)
+    assert f"version {FORMAT_VERSION}" in DOC and all(d in DOC for d in STORED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

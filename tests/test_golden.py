@@ -97,7 +97,7 @@ def test_written_again_it_is_the_same(golden, tmp_path):
     again = moe_lora_interop.read(tmp_path, layout, **golden.description["options"])
     assert again.config == golden.read().config
     assert {f"{m}:{role}": summary(t) for (m, role), t in again.tensors.items()} == golden.description["tensors"]
-    if layout == "native" and golden.description["written_by"] == "moe_lora_interop":
+    if layout == "native" and golden.description["written_by"] == "interop":
         for name in FILES:
             assert (tmp_path / name).read_bytes() == (golden.directory / name).read_bytes(), name
 

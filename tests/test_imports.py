@@ -130,9 +130,10 @@ def test_the_reader_of_pickles_imports_torch_only_when_called():
     assert not any("torch" in ast.unparse(n).split() for n in top)
 
 
-def python(code):
+def python(code, *args):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def blocking(names, code):
@@ -161,6 +162,21 @@ sys.meta_path.insert(0, Block())
 def test_imports_without(blocked, code):
     done = python(blocking(blocked, code))
     assert done.returncode == 0, done.stderr
+
+
+TRAIN = """
+from tests.tiny_training import tiny_model, token_data
+from moe_lora_jax.train import TrainSettings, train
+train(tiny_model(), token_data(2), sys.argv[1], TrainSettings(steps=1, batch_size=2))
+print(*(m for m in sys.modules if m.startswith(("moe_lora_interop.progress_bar", "moe_lora_interop.cli"))))
+"""
+
+
+def test_training_needs_no_shell(tmp_path):
+    """The room itself is free of rich too; in a whole process that cannot be asked, because flax imports it."""
+    done = python(blocking({"tyro"}, TRAIN), tmp_path)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+    assert offenders([m for m in FILES if room(m) == "moe_lora_jax.train"], {"tyro", "rich"}) == {}
 
 
 def test_the_block_works():

@@ -14,7 +14,7 @@ from tests.adapters import make_adapter
 RUN = "import sys; from moe_lora_interop.cli.main import main; sys.exit(main(sys.argv[1:]))"
 SLOW = """
 import sys, time
-from moe_lora_interop import atomic
+from moe_lora_interop.disk import atomic
 sync = atomic._sync
 def slow(path):
     print("writing", flush=True)

@@ -14,7 +14,7 @@ from moe_lora_interop.dialects.loramoe import LORAMOE
 from moe_lora_interop.dialects.moe_peft import MOE_PEFT_LORAMOE
 from moe_lora_interop.dialects.registry import register_dialect
 from moe_lora_interop.disk import files, lazy
-from moe_lora_interop.disk.files import WEIGHTS_NAME, open_tensors, write_tensors
+from moe_lora_interop.disk.files import WEIGHTS_NAME, TensorFile, write_tensors
 from moe_lora_interop.errors import CheckpointError
 from tests.adapters import assert_same_tensors, make_adapter, random_bits
 
@@ -57,7 +57,8 @@ MOVES = {
 def test_what_is_done_to_a_tensor_in_a_file_is_done_to_its_values(tmp_path, name, dtype):
     array = random_bits(np.random.default_rng(0), (2, 3, 4), dtype)
     write_tensors(tmp_path / "f", {"before": array[::-1], "t": array}, {})
-    with open_tensors(tmp_path / "f") as tensors:
+    with TensorFile(tmp_path / "f") as file:
+        tensors = file.tensors()
         for tensor in (tensors["t"], lazy.in_memory(array), lazy.stack(list(map(lazy.in_memory, array)), (2,), (3, 4))):
             moved, expected = MOVES[name](tensor), MOVES[name](array)
             assert isinstance(moved, lazy.Lazy)
@@ -83,7 +84,8 @@ def test_arrays_are_stacked_to_arrays():
 
 def test_a_file_that_becomes_shorter_is_an_error_with_its_name(tmp_path):
     write_tensors(tmp_path / "f", {"a": np.ones(3, "float32"), "b": np.ones(10_000, "float32")}, {})
-    with open_tensors(tmp_path / "f") as tensors:
+    with TensorFile(tmp_path / "f") as file:
+        tensors = file.tensors()
         os.truncate(tmp_path / "f", os.path.getsize(tmp_path / "f") - 1)
         assert np.asarray(tensors["a"]).tolist() == [1, 1, 1]
         with pytest.raises(CheckpointError, match=f"{tmp_path}/f: found 39999 bytes.*expected 40000.*shorter"):

@@ -16,9 +16,9 @@ from mesh_base import adapted, write_base
 import moe_lora_jax as mlj
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.cli.train import train
+from moe_lora_jax.cli.train_flags import MachineFlags
 from moe_lora_jax.processes import connect
 from moe_lora_jax.sharding import RULES, mesh_of, shardings
-from moe_lora_jax.train import TrainSettings
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
 MESHES = ("mixed, scan", "data", "mixed", "fsdp", "tensor", "expert", "mixed, ffn", "mixed, model")
@@ -135,7 +135,7 @@ def test_a_mesh_of_one_device_is_a_mesh(tmp_path):
 
 def test_wrong_flags_are_refused_in_words(tmp_path):
     with pytest.raises(ConfigError, match=r"mesh: found 'data', expected name=size, each name once"):
-        train(tmp_path, tmp_path, tmp_path / "out", mesh=("data", "fsdp=1"), steps=TrainSettings.steps)
+        train(tmp_path, tmp_path, tmp_path / "out", machine=MachineFlags(mesh=("data", "fsdp=1")))
     for given in ({"num_processes": 2}, {"coordinator": "x:1"}, {"coordinator": "auto", "process_id": 0}):
         with pytest.raises(ConfigError, match="expected none of them, coordinator auto, or coordinator, num_processes"):
             connect(**{"coordinator": None, "num_processes": None, "process_id": None, **given})

@@ -143,7 +143,7 @@ def test_a_verb_without_its_packages_says_which_extra_to_install(at, monkeypatch
 def test_the_extras_that_verbs_name_exist():
     declared = PROJECT["entry-points"]["moe_lora.verbs"]
     named = {name: extra for name, value in declared.items() for extra in re.findall(r"\[(\w+)]", value)}
-    assert named["train"] == "train"
+    assert named["train"] == named["export"] == "train"
     assert set(named.values()) <= PROJECT["optional-dependencies"].keys()
     assert {p.name for p in entry_points(group=cli.GROUP) if p.value.startswith(PACKAGES)} <= declared.keys()
     # a verb without an extra needs what every install has

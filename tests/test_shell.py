@@ -42,7 +42,7 @@ COMMANDS = {
     "train": (
         "train --model base --data data.jsonl --output-dir OUT --steps 2 --num-experts 2 --target-modules q_proj",
         "",
-        ["importing JAX", "reading the model and the data", "compiling the step", "training: loss", "2/2"],
+        ["starting JAX", "reading the model and the data", "compiling the step", "training: loss", "2/2"],
     ),
     "generate": (
         "generate --model base --adapter trained --prompt hi --max-new-tokens 3",

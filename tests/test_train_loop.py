@@ -1,6 +1,5 @@
 """Whole runs: exact resume, signals, locks, metrics, checkpoints, and runs that must stop."""
 
-import io
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rich.console import Console
 from tiny_training import arrays, compiled_once, tiny_base, tiny_model, token_data  # noqa: F401
 
 import moe_lora_interop
@@ -343,15 +341,12 @@ def test_loss_falls(tmp_path):
     assert result.losses[25] < 0.9 * result.losses[1]
 
 
-def test_the_bar_is_shown_on_a_terminal_only(tmp_path):
-    shown = {}
-    for terminal in (True, False):
-        file = io.StringIO()
-        console = Console(file=file, force_terminal=terminal, width=100)
-        train(tiny_model(), DATA, tmp_path / str(terminal), settings(), console=console)
-        shown[terminal] = file.getvalue()
-    assert "tokens/s" in shown[True] and "loss" in shown[True] and "6/6" in shown[True]
-    assert shown[False] == ""
+def test_progress_is_told_after_every_step_and_not_shown_unasked(tmp_path, capfd):
+    told = []
+    train(tiny_model(), DATA, tmp_path, settings(), on_progress=lambda *words: told.append(words))
+    assert [(done, total) for done, total, _ in told] == [(step, 6) for step in range(1, 7)]
+    assert all(text.startswith("training: loss ") and text.endswith(" tokens/s") for _, _, text in told)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_output_that_cannot_be_written(tmp_path):

@@ -12,8 +12,9 @@ from benchmarks.program import gradient, instructions
 from moe_lora_jax.adapters.filters import PARTS
 from moe_lora_jax.models import CausalLM, DecoderConfig
 from moe_lora_jax.models.stacked import stack_layers, unstack_layers
-from moe_lora_jax.train import TrainSettings, make_eval_step, make_train_step, merge_back, split_model, train
+from moe_lora_jax.train import TrainSettings, make_train_step, merge_back, split_model, train
 from moe_lora_jax.train.batches import collate
+from moe_lora_jax.train.evaluation import batch_loss, run_batches
 from moe_lora_jax.train.step import Batch
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -44,9 +45,9 @@ def trained(steps: int = 2, part: str = "all", **fields) -> tuple:
         losses.append(float(metrics.loss))
     model.eval()
     rows, _ = collate(token_data(4).examples, 4, (24,), 0)
-    evaluated = make_eval_step(nnx.graphdef(model))(state.trainable, state.rng, frozen, rows)
+    (loss,) = run_batches(batch_loss, nnx.graphdef(model), (state.trainable, state.rng, *frozen), [rows])
     merge_back(model, state, frozen)
-    return losses, float(evaluated.nll), arrays(model, PARTS["all"]), nnx.state(model, nnx.RngState)
+    return losses, float(loss.mean), arrays(model, PARTS["all"]), nnx.state(model, nnx.RngState)
 
 
 @pytest.mark.parametrize("part", ["all", "router"])

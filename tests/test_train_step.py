@@ -13,8 +13,9 @@ from tiny_training import MODULES, arrays, compiled_once, tiny_base, tiny_model,
 import moe_lora_jax as mlj
 from moe_lora_jax.adapters.filters import PARTS, experts_only, router_only
 from moe_lora_jax.train.batches import collate
+from moe_lora_jax.train.evaluation import batch_loss, run_batches
 from moe_lora_jax.train.optimizer import adamw
-from moe_lora_jax.train.step import Batch, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.step import Batch, make_train_step, merge_back, split_model
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 SGD = optax.sgd(1.0)
@@ -212,9 +213,9 @@ def test_dropout_is_off_in_evaluation_and_its_stream_rests():
     found = []
     for model in (plain, dropping):
         graphdef, state, frozen = split_model(model, mlj.MoeLoraParam, SGD)
-        sums = make_eval_step(graphdef)(state.trainable, state.rng, frozen, batch)
-        found.append(sums.nll / sums.counted_tokens)
-        assert sums.counted_tokens == batch.loss_mask[:, 1:].sum()
+        (loss,) = run_batches(batch_loss, graphdef, (state.trainable, state.rng, *frozen), [batch])
+        found.append(loss.mean)
+        assert loss.counted_tokens == batch.loss_mask[:, 1:].sum()
     assert found[0] == found[1]
     config = dataclasses.replace(plain.moe_lora_config, router_aux_loss_coef=0.0)
     expected = reference_loss(plain, Batch(*(x[None] for x in batch)), config)

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.cli.generate import generate
-from moe_lora_jax.cli.train import train
 from moe_lora_jax.demo.topics import questions
 from moe_lora_jax.models import load_base_model
+from tests.verbs import train_verb
 
 PROMPT = "Question: what is two plus two?\nAnswer:"
 
@@ -23,7 +23,9 @@ def made(small_dirs, compiled_once):  # noqa: F811
     directory = small_dirs["base"].parent
     data, adapter = directory / "soup.jsonl", directory / "adapter"
     data.write_text(json.dumps({"prompt": PROMPT, "completion": " soup."}) + "\n")
-    train(directory / "base", data, adapter, steps=40, learning_rate=0.1, batch_size=1, target_modules=("down_proj",))
+    train_verb(
+        directory / "base", data, adapter, steps=40, learning_rate=0.1, batch_size=1, target_modules=("down_proj",)
+    )
     return directory
 
 

@@ -13,6 +13,7 @@ from moe_lora_interop.cli.shell import Shell
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.cli import quickstart as module
 from moe_lora_jax.cli.quickstart import quickstart
+from moe_lora_jax.demo import base_and_data
 from moe_lora_jax.measure.router_statistics import topic_information
 from moe_lora_jax.models import load_base_model
 from moe_lora_jax.train.data import Example
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once", "small_dirs")
 @pytest.fixture
 def small(monkeypatch):
     for name, value in (("PRETRAINING_STEPS", 3), ("QUESTIONS_PER_TOPIC", 20), ("SENTENCES_PER_TOPIC", 20)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(base_and_data, name, value)
 
 
 def test_the_whole_way(small, tmp_path, capsys):

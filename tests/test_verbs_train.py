@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import tyro
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
 import moe_lora_interop
+from moe_lora_interop.cli.flags_file import flag_names
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.cli.train import train
 from moe_lora_jax.demo.topics import TOPICS, in_words, questions, sentences
+from tests.verbs import train_verb
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL = {"batch_size": 2, "max_length": 100, "r": 2, "target_modules": ("q_proj", "v_proj")}
@@ -56,27 +59,27 @@ def test_a_directory_that_is_taken_is_refused_before_the_model_is_read(data, tmp
     (tmp_path / "out" / "training").mkdir(parents=True)
     (tmp_path / "out" / "training" / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="already holds a run"):
-        train(tmp_path / "no model", data, tmp_path / "out")
+        train_verb(tmp_path / "no model", data, tmp_path / "out")
     with pytest.raises(CheckpointError, match="no run has started there"):
-        train(tmp_path / "no model", data, tmp_path / "other", resume=True)
+        train_verb(tmp_path / "no model", data, tmp_path / "other", resume=True)
 
 
 def test_truncation_is_printed(base, data, tmp_path, capsys):
-    train(base, data, tmp_path / "out", steps=1, **{**SMALL, "max_length": 70})
+    train_verb(base, data, tmp_path / "out", steps=1, **{**SMALL, "max_length": 70})
     assert "cut at max_length (lines" in capsys.readouterr().out
 
 
 def test_an_eval_file(base, data, tmp_path, capsys):
-    train(base, data, tmp_path / "out", steps=1, eval_file=data, **SMALL)
+    train_verb(base, data, tmp_path / "out", steps=1, eval_file=data, **SMALL)
     assert "evaluation loss" in capsys.readouterr().out
 
 
 def test_training_continues_from_an_adapter(base, data, tmp_path):
-    train(base, data, tmp_path / "one", steps=2, num_experts=3, **SMALL)
-    train(base, data, tmp_path / "two", steps=1, learning_rate=1e-12, init_adapter=tmp_path / "one",
+    train_verb(base, data, tmp_path / "one", steps=2, num_experts=3, **SMALL)
+    train_verb(base, data, tmp_path / "two", steps=1, learning_rate=1e-12, init_adapter=tmp_path / "one",
           batch_size=2, max_length=100, router_aux_loss_coef=0.5)  # fmt: skip
     one, two = moe_lora_interop.read(tmp_path / "one"), moe_lora_interop.read(tmp_path / "two")
-    train(base, data, tmp_path / "three", steps=1, init_adapter=tmp_path / "two", batch_size=2, max_length=100,
+    train_verb(base, data, tmp_path / "three", steps=1, init_adapter=tmp_path / "two", batch_size=2, max_length=100,
           router_z_loss_coef=0.25)  # fmt: skip
     config = moe_lora_interop.read(
         tmp_path / "three"
@@ -92,23 +95,23 @@ def test_training_continues_from_an_adapter(base, data, tmp_path):
     for key, tensor in one.tensors.items():
         assert abs(two.tensors[key] - tensor).max() < 1e-9
     with pytest.raises(ConfigError) as caught:
-        train(base, data, tmp_path / "five", init_adapter=tmp_path / "one", r=5, adapter_config=tmp_path / "x")
+        train_verb(base, data, tmp_path / "five", init_adapter=tmp_path / "one", r=5, adapter_config=tmp_path / "x")
     assert caught.value.problems == ("r: found beside init_adapter", "adapter_config: found beside init_adapter")
 
 
 def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
     file = tmp_path / "fields.json"
     file.write_text(json.dumps({"rank_pattern": {"v_proj": 3}, "scoring_func": "sigmoid"}))
-    train(base, data, tmp_path / "out", steps=1, adapter_config=file, **SMALL)
+    train_verb(base, data, tmp_path / "out", steps=1, adapter_config=file, **SMALL)
     config = moe_lora_interop.read(tmp_path / "out").config
     assert config.rank_pattern == {"v_proj": 3} and config.scoring_func == "sigmoid" and config.r == 2
     file.write_text(json.dumps({"r": 3, "num_experts": 3, "top_k": 2, "lora_alpha": 32}))
-    train(base, data, tmp_path / "won", steps=1, adapter_config=file, lora_alpha=16, top_k="all", **SMALL)
+    train_verb(base, data, tmp_path / "won", steps=1, adapter_config=file, lora_alpha=16, top_k="all", **SMALL)
     config = moe_lora_interop.read(tmp_path / "won").config  # given flags win, even with the value of the default
     assert (config.r, config.num_experts, config.top_k, config.lora_alpha) == (2, 3, None, 16)
     file.write_text(json.dumps({"top_q": 1}))
     with pytest.raises(ConfigError, match="top_q: unknown field"):
-        train(base, data, tmp_path / "out2", adapter_config=file)
+        train_verb(base, data, tmp_path / "out2", adapter_config=file)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, arguments, expected):
     with pytest.raises(ConfigError, match=expected):
-        train(tmp_path / "no_model", tmp_path / "no_data", tmp_path / "out", **arguments)
+        train_verb(tmp_path / "no_model", tmp_path / "no_data", tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -131,11 +134,11 @@ def test_bad_input_is_a_clear_error(base, data, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "fine"}\n{"text": 1}\n')
     with pytest.raises(CheckpointError, match=r"bad.jsonl:2: text: found int"):
-        train(base, bad, tmp_path / "out")
+        train_verb(base, bad, tmp_path / "out")
     with pytest.raises(CheckpointError, match="no tokenizer in"):
-        train(tmp_path, data, tmp_path / "out")
+        train_verb(tmp_path, data, tmp_path / "out")
     with pytest.raises(ConfigError, match="did you mean q_proj"):
-        train(base, data, tmp_path / "out", target_modules=("q_pro",))
+        train_verb(base, data, tmp_path / "out", target_modules=("q_pro",))
     assert not (tmp_path / "out").exists()
 
 
@@ -185,12 +188,20 @@ def test_made_up_sums_are_right():
         assert numbers[result] == (numbers[a] + numbers[b] if op == "plus" else numbers[a] - numbers[b])
 
 
-def test_the_help_says_what_holds_without_a_flag(capsys):
+def test_the_help_names_every_flag_once_and_says_what_holds_without_it(capsys):
     with pytest.raises(SystemExit):
         tyro.cli(train, args=["--help"])
     words = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert (
-        f"rank of one expert, or one rank per expert; {moe_lora_interop.MoeLoraConfig.r} if nothing says otherwise"
-        in words
-    )
-    assert "all-linear (all but lm_head); all-linear if nothing says otherwise" in words and "{" + "r}" not in words
+    r = moe_lora_interop.MoeLoraConfig.r
+    assert f"rank of one expert, or one rank per expert. (default: {r})" in words
+    assert "all-linear (all but lm_head). (default: all-linear)" in words
+    assert "--lr FLOAT, --learning-rate FLOAT" in words
+    for name in flag_names(train):
+        flag = f"--{name.replace('_', '-')}"
+        assert len(re.findall(rf"{flag},? (?=INT|FLOAT|PATH|STR|{{|\[|--no-)", words)) == 1, name
+
+
+def test_the_short_name_of_the_learning_rate(base, data, tmp_path):
+    train_verb(base, data, tmp_path / "out", steps=1, lr=0.5, **SMALL)
+    record = json.loads((tmp_path / "out" / "training" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["learning_rate"] == 0.5

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import moe_lora_interop.export.plain_lora  # noqa: F401  registers the layout "lora"
 from moe_lora_interop.checkpoint.adapter import Adapter
-from moe_lora_interop.checkpoint.read_write import detect, read, write
+from moe_lora_interop.checkpoint.detection import detect
+from moe_lora_interop.checkpoint.read_write import read, write
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
 from moe_lora_interop.errors import CheckpointError, ConfigError
@@ -76,7 +77,7 @@ def convert_once(adapter: Adapter, target: str) -> Cell:
             if lost:
                 write(adapter, foreign, target, allow_loss=lost)
             found = detect(foreign)
-            options = options_of(dialect_named(target), adapter.config, adapter.modules) if target != "native" else {}
+            options = options_of(dialect_named(target), adapter.config, adapter.modules)
             write(read(foreign, target, **options), again)
         except (ConfigError, CheckpointError) as error:
             if not lost:

@@ -1,6 +1,6 @@
 """One method on the base model: trained with any learning rate and seed, compiled once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +10,12 @@ from flax import nnx
 
 import moe_lora_jax as mlj
 from benchmarks.effect.data import LENGTH, Split
-from benchmarks.effect.score import make_scorer
+from benchmarks.effect.score import Scores, score
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax.train import Batch, make_train_step, split_model
 from moe_lora_jax.train.batches import collate
 from moe_lora_jax.train.data import Example
+from moe_lora_jax.train.evaluation import split_for_evaluation
 from moe_lora_jax.train.optimizer import warmup_cosine
 
 
@@ -65,8 +66,7 @@ class Session:
         self._apply(seed=0)
         graphdef, _, _ = split_model(base, mlj.MoeLoraParam, optimizer(0.0, settings))
         self._step = make_train_step(graphdef, optimizer(0.0, settings), base.moe_lora_config)  # type: ignore[attr-defined]
-        evaluated, _ = nnx.split(nnx.with_attributes(base, deterministic=True, raise_if_not_found=False))
-        self.score = make_scorer(evaluated)
+        self._evaluated, _ = split_for_evaluation(base)
 
     @property
     def parameters(self) -> int:
@@ -89,6 +89,10 @@ class Session:
             losses.append(metrics.lm_loss)
         nnx.update(self.model, state.trainable)
         return [float(loss) for loss in losses]
+
+    def score(self, state: nnx.State, examples: Sequence[Example], length: int) -> Scores:
+        """What this method does on the examples, with the weights in `state`."""
+        return score(self._evaluated, state, examples, length)
 
     def _apply(self, seed: int) -> None:
         mlj.apply_moe_lora(self.model, self.config, rngs=nnx.Rngs(seed))

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: by a function that it is given. What is then shown: `progress_bar`."""
+"""How long work reports its progress: it calls a function that it is given. What a terminal shows: `progress_bar`."""
 
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ OnProgress = Callable[[int, int], Any]
 Item = TypeVar("Item")
 
 
-def no_progress(done: int, total: int) -> None:
+def no_progress(done: int, total: int, text: str | None = None) -> None:
     """The `OnProgress` of callers who do not ask."""
 
 

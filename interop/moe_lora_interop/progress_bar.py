@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 
 class Bar:
-    """Progress on a terminal, or nothing. `bar(done, total)` is an `moe_lora_interop.progress.OnProgress`."""
+    """Progress on a terminal, or nothing. `bar(done, total)` is an `OnProgress` of `progress`."""
 
     def __init__(self, shown: Progress | None, text: str):
         self._shown = shown

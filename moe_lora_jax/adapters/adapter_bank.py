@@ -214,7 +214,7 @@ def _encoded(adapter: Adapter, module: str | None = None) -> dict[str, np.ndarra
     tensors = {slot: t for slot, t in adapter.tensors.items() if module in (None, slot[0])}
     stored, problems = encode(JAX_TREE.rules, tensors, config_sizes(adapter.config))
     assert not problems, problems
-    return stored
+    return {name: np.asarray(tensor) for name, tensor in stored.items()}
 
 
 def _variable_name(module: str, path: tuple[Any, ...]) -> str:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.checkpoint.base_tensors import base_problems
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.base_tensors import name_in_base
 from moe_lora_jax.adapters.apply import LinearLayer
@@ -28,12 +29,11 @@ def check_fits(model: nnx.Module, linears: Mapping[str, LinearLayer], adapter: A
         UserWarning: such tensors that cannot be compared, because the base is quantised or another program's.
     """
     problems = []
-    for module in adapter.modules:
+    for module, found in adapter.features.items():
         if module not in linears:
             hint = "; tied to the embeddings, it is no layer in JAX" if module == "lm_head" else ""
             problems.append(f"{module}: the base model has no linear layer of this name{hint}")
             continue
-        found = (adapter.tensors[module, "lora_A"].shape[-1], adapter.tensors[module, "lora_B"].shape[1])
         expected = (linears[module].map.in_features, linears[module].map.out_features)
         if found != expected:
             problems.append(f"{module}: the adapter is for in, out = {found}, the base model has {expected}")
@@ -42,11 +42,11 @@ def check_fits(model: nnx.Module, linears: Mapping[str, LinearLayer], adapter: A
         raise CheckpointError("the adapter is for another base model", problems)
 
 
-def _of_base_problems(model: nnx.Module, found: Mapping[str, np.ndarray], spec: ModelSpec) -> list[str]:
+def _of_base_problems(model: nnx.Module, found: Mapping[str, Tensor], spec: ModelSpec) -> list[str]:
     names = tuple(spec.names.items())
     layers = {module_name(path, names) or path: layer for path, layer in modules(model)} if found else {}
     base: dict[str, np.ndarray] = {}
-    narrow, unknown = dict(found), []
+    narrow, unknown = {name: np.asarray(tensor) for name, tensor in found.items()}, []
     for name, tensor in found.items():
         value = _value(layers, name_in_base(name))
         if value is None:
@@ -54,7 +54,7 @@ def _of_base_problems(model: nnx.Module, found: Mapping[str, np.ndarray], spec: 
         else:
             base[name] = value
             if value.dtype.itemsize < tensor.dtype.itemsize:
-                narrow[name] = tensor.astype(value.dtype)
+                narrow[name] = narrow[name].astype(value.dtype)
     if unknown:
         text = "came with the adapter and cannot be compared with this base model, whose own is used"
         warnings.warn(f"{', '.join(unknown)}: {text}", UserWarning, stacklevel=4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import moe_lora_interop
@@ -119,7 +120,9 @@ def load_adapter(
     names = adapted_names(model)
     state = [(path, _name(path, names), v) for path, v in nnx.to_flat_state(nnx.state(model, MoeLoraParam))]
     assert not problems and stored.keys() == {name for _, name, _ in state}, "checked against the config before"
-    filled = {path: variable.replace(put_like(stored[name], variable[...])) for path, name, variable in state}
+    filled = {
+        path: variable.replace(put_like(np.asarray(stored[name]), variable[...])) for path, name, variable in state
+    }
     nnx.update(model, nnx.from_flat_state(filled))
     if dtypes:
         model.moe_lora_dtypes = dtypes  # type: ignore[attr-defined]

@@ -4,12 +4,14 @@ An update is often smaller than half a step of bf16, and would vanish if A and B
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,15 +30,16 @@ def for_training(adapter: Adapter, param_dtype: Any) -> tuple[Adapter, FileDtype
         return adapter, ()
     wanted = checked(param_dtype, "param_dtype")
     tensors = {
-        slot: tensor.astype(wanted if slot[1] in EXPERTS else np.float32) for slot, tensor in adapter.tensors.items()
+        slot: np.asarray(tensor).astype(wanted if slot[1] in EXPERTS else np.float32)
+        for slot, tensor in adapter.tensors.items()
     }
     before = {
         slot: tensor.dtype.name for slot, tensor in adapter.tensors.items() if tensor.dtype != tensors[slot].dtype
     }
-    return Adapter(adapter.config, tensors, adapter.base_tensors), tuple(sorted(before.items()))
+    return replace(adapter, tensors=tensors), tuple(sorted(before.items()))
 
 
-def for_file(tensors: Mapping[Slot, np.ndarray], before: FileDtypes, dtype: Any = None) -> dict[Slot, np.ndarray]:
+def for_file(tensors: Mapping[Slot, Tensor], before: FileDtypes, dtype: Any = None) -> dict[Slot, np.ndarray]:
     """The tensors in the dtypes that are written: as they were in the file, or A and B in `dtype`.
 
     What `for_training` only widened comes back bit by bit if nothing was trained.
@@ -47,12 +50,13 @@ def for_file(tensors: Mapping[Slot, np.ndarray], before: FileDtypes, dtype: Any 
     wanted: dict[Slot, Any] = dict(before)
     if dtype is not None:
         wanted = dict.fromkeys((slot for slot in tensors if slot[1] in EXPERTS), checked(dtype, "dtype"))
+    arrays = {slot: np.asarray(tensor) for slot, tensor in tensors.items()}
     with np.errstate(over="ignore"):
-        cast = {slot: tensor.astype(jnp.dtype(wanted.get(slot, tensor.dtype))) for slot, tensor in tensors.items()}
+        cast = {slot: array.astype(jnp.dtype(wanted.get(slot, array.dtype))) for slot, array in arrays.items()}
     problems = [
-        f"{module} {role}: has values up to {np.abs(tensors[module, role]).max():.3g}, too large for {found.dtype}"
+        f"{module} {role}: has values up to {np.abs(arrays[module, role]).max():.3g}, too large for {found.dtype}"
         for (module, role), found in cast.items()
-        if found.dtype.itemsize < tensors[module, role].itemsize and _overflows(tensors[module, role], found)
+        if found.dtype.itemsize < arrays[module, role].itemsize and _overflows(arrays[module, role], found)
     ]
     if problems:
         raise CheckpointError("cannot be written in this dtype", [*problems, "dtype='float32' holds them"])

@@ -8,22 +8,29 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from rich.table import Table
 
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_jax import demo
+from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.demo.base_and_data import make_base_and_data
-
-if TYPE_CHECKING:
-    from moe_lora_jax.models import CausalLM
-    from moe_lora_jax.train.data import Example, TokenData
+from moe_lora_jax.measure.router_statistics import router_statistics, topic_information
+from moe_lora_jax.models import CausalLM, generate, load_base_model
+from moe_lora_jax.train.batches import eval_batches
+from moe_lora_jax.train.data import Example, TokenData, read_data, split_by, split_data
+from moe_lora_jax.train.loop import train
+from moe_lora_jax.train.settings import TrainSettings
+from moe_lora_jax.train.tokenizer import end_ids, load_tokenizer
 
 MARKER = ".made_by_quickstart"
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # the help of `steps` says it
 
 
 def quickstart(
@@ -67,15 +74,6 @@ def quickstart(
     )  # fmt: skip
     _claim(output_dir)
 
-    from flax import nnx
-
-    from moe_lora_jax.adapters.apply import apply_moe_lora
-    from moe_lora_jax.models import load_base_model
-    from moe_lora_jax.train.data import read_data, split_by, split_data
-    from moe_lora_jax.train.loop import train
-    from moe_lora_jax.train.settings import TrainSettings
-    from moe_lora_jax.train.tokenizer import load_tokenizer
-
     shell = Shell(quiet=quiet, json=json)
     if model is None or data is None:
         model, data = make_base_and_data(output_dir, seed, shell)
@@ -91,7 +89,8 @@ def quickstart(
     )
     pad_id = tokenizer.pad_token_id or 0
     adapter = output_dir / "adapter"
-    result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad_id, console=shell.terminal)
+    with shell.progress("compiling the step") as bar:
+        result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad_id, on_progress=bar)
     if not result.is_finished:
         shell.say(f"stopped after step {result.step} of {result.total_steps}")
         shell.give({"step": result.step, "total_steps": result.total_steps})
@@ -124,16 +123,8 @@ def _claim(output_dir: Path) -> None:
     (output_dir / MARKER).touch()
 
 
-def _show_answers(
-    model: "CausalLM", tokenizer: Any, topics: "dict[str, TokenData]", shell: Shell
-) -> list[dict[str, str]]:
+def _show_answers(model: CausalLM, tokenizer: Any, topics: dict[str, TokenData], shell: Shell) -> list[dict[str, str]]:
     """What the model now says to the first held-out prompt of each topic; nothing where there are no prompts."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from moe_lora_jax.models import generate
-    from moe_lora_jax.train.tokenizer import end_ids
-
     first = [data.examples[0] for data in topics.values()]
     prompts = [e.ids[: e.counted.argmax()] for e in first if not e.counted[0]]
     if not prompts:
@@ -160,16 +151,14 @@ def _show_answers(
 
 
 def _show_experts(
-    model: "CausalLM", topics: "dict[str, TokenData]", pad_id: int, shell: Shell
+    model: CausalLM, topics: dict[str, TokenData], pad_id: int, shell: Shell
 ) -> tuple[str, dict[str, list[float]]]:
     """The router that tells the topics apart best, as a table; its module, and {topic: share of each expert}."""
-    from moe_lora_jax.measure.router_statistics import router_statistics, topic_information
-
     with shell.progress("running the routers over held-out examples") as bar:
         statistics = router_statistics(model, topics, batch_size=BATCH_SIZE, pad_id=pad_id, on_progress=bar)
     shares = statistics.by_topic
     best = max(shares, key=lambda module: topic_information(shares[module]))
-    shell.remarks.print(expert_table(best, list(topics), shares[best]))
+    shell.remarks.print(_expert_table(best, list(topics), shares[best]))
     if len(topics) > 1:
         bits = topic_information(shares[best])
         shell.say(
@@ -179,24 +168,32 @@ def _show_experts(
     return best, {topic: row.tolist() for topic, row in zip(topics, shares[best], strict=True)}
 
 
+def _expert_table(module: str, topics: Sequence[str], shares: np.ndarray) -> Table:
+    """Topics down, experts across, in per cent; each topic's favourite is marked."""
+    table = Table(title=f"gate share of each expert on tokens with loss, {module}", title_justify="left")
+    table.add_column("topic")
+    for expert in range(shares.shape[1]):
+        table.add_column(f"expert {expert}", justify="right")
+    for topic, row in zip(topics, shares, strict=True):
+        cells = [f"{100 * share:.0f}%{' *' if e == row.argmax() else '  '}" for e, share in enumerate(row)]
+        table.add_row(topic, *cells)
+    return table
+
+
 def _has_peft() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "peft"))
 
 
 def _compare_with_peft(
-    model: "CausalLM", base: Path, adapter: Path, examples: "Sequence[Example]", pad_id: int, shell: Shell
+    model: CausalLM, base: Path, adapter: Path, examples: Sequence[Example], pad_id: int, shell: Shell
 ) -> dict[str, float] | None:
-    """Runs peft_check.py in another process, because nothing here may import torch."""
+    """Runs demo/peft_check.py in a process of its own, because nothing here may import torch."""
     if not _has_peft():
         shell.say("to load it in PyTorch: pip install 'moe-lora-jax[torch]', then see the README.md beside it")
         return None
-    import numpy as np
-
-    from moe_lora_jax.train.batches import eval_batches
-
     batch = next(eval_batches(examples[:8], batch_size=min(8, len(examples)), pad_id=pad_id)).batch
     logits = np.asarray(model(batch.input_ids, attention_mask=batch.attention_mask))
-    script = Path(__file__).with_name("peft_check.py")
+    script = Path(str(demo.__file__)).with_name("peft_check.py")
     with tempfile.TemporaryDirectory() as scratch:
         expected = Path(scratch, "expected.npz")
         np.savez(expected, input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits=logits)
@@ -212,15 +209,3 @@ def _compare_with_peft(
         f"(logits up to {found['largest_logit']:.1f})"
     )
     return found
-
-
-def expert_table(module: str, topics: Sequence[str], shares: np.ndarray) -> Table:
-    """Topics down, experts across, in per cent; each topic's favourite is marked."""
-    table = Table(title=f"gate share of each expert on tokens with loss, {module}", title_justify="left")
-    table.add_column("topic")
-    for expert in range(shares.shape[1]):
-        table.add_column(f"expert {expert}", justify="right")
-    for topic, row in zip(topics, shares, strict=True):
-        cells = [f"{100 * share:.0f}%{' *' if e == row.argmax() else '  '}" for e, share in enumerate(row)]
-        table.add_row(topic, *cells)
-    return table

@@ -61,7 +61,7 @@ def report(
         statistics: RouterStatistics | str
         if adapter.config.router_input == "task":
             statistics = "This adapter routes by a task id, which the data does not have."
-        elif not adapter.config.routed(adapter.modules):
+        elif not adapter.routed:
             statistics = "This adapter has no router: one expert per module."
         else:
             topics = split_by(examples, "topic")

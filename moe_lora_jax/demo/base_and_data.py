@@ -1,28 +1,28 @@
-"""The quickstart's small world: a base model and data, made from plain sentences."""
+"""The quickstart's base model and data, made on the spot."""
 
 import json
 from pathlib import Path
 
 from moe_lora_interop.cli.shell import Shell
+from moe_lora_jax.demo.small_base import make_small_base
+from moe_lora_jax.demo.topics import questions, sentences
 
 PRETRAINING_STEPS = 100
-
-
 QUESTIONS_PER_TOPIC = 300
-
-
 SENTENCES_PER_TOPIC = 400
 
 
 def make_base_and_data(output_dir: Path, seed: int = 0, shell: Shell | None = None) -> tuple[Path, Path]:
     """Makes output_dir/base, a small Llama with a tokenizer, and output_dir/data/topics.jsonl, questions with answers.
 
+    Args:
+        output_dir: created if missing; it must hold no folder data.
+        seed: of the texts, of the model and of its training.
+        shell: where progress is shown; None shows nothing.
+
     Returns:
         The two paths, for `load_base_model` and `read_data`.
     """
-    from moe_lora_jax.demo.small_base import make_small_base
-    from moe_lora_jax.demo.topics import questions, sentences
-
     shell = shell or Shell(quiet=True)
     base, data = output_dir / "base", output_dir / "data" / "topics.jsonl"
     data.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""How gates and task ids travel to the layers that use them, when they are not made there; and a task's row."""
+"""How gates and task ids travel to the layers that they serve, and what a task id means in a table."""
 
 import jax
 import jax.numpy as jnp

@@ -1,28 +1,28 @@
 """What exports measure on data: average gates, and how far an exported LoRA is from the mixture it came from."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.export.plain_lora import read_plain_lora
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
 from moe_lora_jax.adapters.checkpoint import load_adapter
-from moe_lora_jax.models import CausalLM, load_base_model
+from moe_lora_jax.models import load_base_model
 from moe_lora_jax.train.batches import eval_batches
-from moe_lora_jax.train.data import Example, read_data
+from moe_lora_jax.train.data import read_data
+from moe_lora_jax.train.evaluation import run_batches, split_for_evaluation
 from moe_lora_jax.train.step import Batch
 from moe_lora_jax.train.tokenizer import load_tokenizer
 
 BATCH_SIZE = 8
-Forward = Callable[[Batch], Any]
 
 
 def mean_gates(
@@ -37,17 +37,15 @@ def mean_gates(
     Raises:
         CheckpointError, ConfigError, DataError: the base or the data cannot be read, or do not fit.
     """
-    forward = _forward(load_adapter(load_base_model(base), adapter), with_router=True)
+    batches = _batches(base, data, max_length)
+    model = load_adapter(load_base_model(base), adapter)
+    computed = run_batches(_real_gates, *split_for_evaluation(model), batches)
     totals: dict[str, np.ndarray] = {}
-    tokens = 0.0
-    for batch in tracked(_batches(base, data, max_length), on_progress):
-        _, router = forward(batch)
-        tokens += float(batch.attention_mask.sum())
-        for name, output in router.items():
-            real = batch.attention_mask.reshape(*batch.attention_mask.shape, *[1] * (output.gates.ndim - 2))
-            totals[name] = totals.get(name, 0.0) + np.asarray(output.gates * real, np.float64).sum(axis=(0, 1))
+    for _, gates in zip(tracked(batches, on_progress), computed, strict=True):
+        for name, values in gates.items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(values, np.float64).sum(axis=(0, 1))
     factor = adapter.config.routed_scaling_factor
-    return {name: (factor * total / tokens).tolist() for name, total in totals.items()}
+    return {name: (factor * total / _tokens(batches)).tolist() for name, total in totals.items()}
 
 
 @dataclass(frozen=True)
@@ -111,49 +109,45 @@ def export_report(
     directory = Path(exported)
     folders = sorted(directory.glob("expert_*"), key=lambda p: int(p.name.removeprefix("expert_")))
     others |= {path.name: read_plain_lora(path) for path in folders or [directory]}
-    ids = jnp.asarray([task if len(task) > 1 else task[0]]) if task else None
-    full = _forward(load_adapter(load_base_model(base), adapter), task=ids)
-    batches = _batches(base, data, max_length)
+    batches, compare = _batches(base, data, max_length), partial(_compare, task=task)
+    full = load_adapter(load_base_model(base), adapter)
     found = {}
     for name, other in tracked(others.items(), on_progress):
         model = load_base_model(base)
-        found[name] = agreement(full, _forward(load_adapter(model, other) if other is not None else model), batches)
-    return ExportReport(found, int(sum(batch.attention_mask.sum() for batch in batches)), data)
-
-
-def agreement(full: Forward, other: Forward, batches: Collection[Batch]) -> Agreement:
-    """The `Agreement` of two models, each a function from a batch to logits [batch, seq, vocab]."""
-    sums = np.zeros(3)
-    for batch in batches:
-        sums += np.asarray(_compare(full(batch), other(batch), batch.attention_mask), np.float64)
-    return Agreement(kl=float(sums[0] / sums[2]), top1=float(sums[1] / sums[2]))
-
-
-@jax.jit
-def _compare(full: jax.Array, other: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sums over real tokens: KL, how often the largest is the same, tokens."""
-    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (full, other))
-    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    same = jnp.argmax(full, axis=-1) == jnp.argmax(other, axis=-1)
-    real = (mask > 0).astype(jnp.float32)
-    return jnp.stack([jnp.sum(kl * real), jnp.sum(same * real), jnp.sum(real)])
-
-
-def _forward(model: CausalLM | nnx.Module, *, with_router: bool = False, task: jax.Array | None = None) -> Forward:
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State, batch: Batch) -> Any:
-        rows = batch.input_ids.shape[0]
-        ids = {} if task is None else {"task_ids": jnp.broadcast_to(task, (rows, *task.shape[1:]))}
-        merged: Any = nnx.merge(graphdef, state)
-        return merged(batch.input_ids, attention_mask=batch.attention_mask, return_router=with_router, **ids)
-
-    return lambda batch: run(state, batch)
+        pair = (full, model if other is None else load_adapter(model, other))
+        computed = run_batches(compare, *split_for_evaluation(pair), batches)
+        kl, same, tokens = np.sum([sums.astype(np.float64) for sums in computed], axis=0)
+        found[name] = Agreement(kl=float(kl / tokens), top1=float(same / tokens))
+    return ExportReport(found, _tokens(batches), data)
 
 
 def _batches(base: Path, data: Path, max_length: int) -> list[Batch]:
     tokenizer = load_tokenizer(base)
-    examples: tuple[Example, ...] = read_data(data, tokenizer, max_length=max_length).examples
+    examples = read_data(data, tokenizer, max_length=max_length).examples
     pad_id = tokenizer.pad_token_id or 0
     return [host.batch for host in eval_batches(examples, batch_size=BATCH_SIZE, pad_id=pad_id)]
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    return int(sum(batch.attention_mask.sum() for batch in batches))
+
+
+def _real_gates(model: Any, batch: Batch) -> dict[str, jax.Array]:
+    """{router: gates}, 0 on padding."""
+    _, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
+    mask = batch.attention_mask
+    return {name: out.gates * mask.reshape(*mask.shape, *[1] * (out.gates.ndim - 2)) for name, out in router.items()}
+
+
+def _compare(pair: tuple[Any, Any], batch: Batch, *, task: tuple[int, ...]) -> jax.Array:
+    """Sums over real tokens: KL, how often the largest is the same, tokens. The first of the pair gets the task."""
+    rows, mask = batch.input_ids.shape[0], batch.attention_mask
+    ids = jnp.asarray(task[0] if len(task) == 1 else task)
+    tasks = {"task_ids": jnp.broadcast_to(ids, (rows, *ids.shape))} if task else {}
+    full = pair[0](batch.input_ids, attention_mask=mask, **tasks)
+    other = pair[1](batch.input_ids, attention_mask=mask)
+    log_p, log_q = (jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) for logits in (full, other))
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    same = jnp.argmax(full, axis=-1) == jnp.argmax(other, axis=-1)
+    real = (mask > 0).astype(jnp.float32)
+    return jnp.stack([jnp.sum(kl * real), jnp.sum(same * real), jnp.sum(real)])

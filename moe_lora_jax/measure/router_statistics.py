@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import TokenData
+from moe_lora_jax.train.evaluation import run_batches, split_for_evaluation
 from moe_lora_jax.train.health import RouterSums, module_health, router_sums
 from moe_lora_jax.train.step import Batch
 
@@ -52,18 +52,18 @@ def router_statistics(
         on_progress: called with (done, total) in batches.
     """
     topics = data if isinstance(data, Mapping) else {"all": data}
-    graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
     batches = [
         (topic, host.batch)
         for topic, of_topic in topics.items()
         for host in eval_batches(of_topic.examples, batch_size=batch_size, pad_id=pad_id)
     ]
+    computed = run_batches(_router_sums, *split_for_evaluation(model), (batch for _, batch in batches))
     parts: dict[str, list[dict[str, RouterSums]]] = {topic: [] for topic in topics}
-    for topic, batch in tracked(batches, on_progress):
-        parts[topic].append(_sums(state, batch, graphdef=graphdef))
-    sums = {topic: _total(of_topic) for topic, of_topic in parts.items()}
-    overall = module_health(_total(sums.values()))
-    health = [module_health(of_topic) for of_topic in sums.values()]
+    for (topic, _), sums in zip(tracked(batches, on_progress), computed, strict=True):
+        parts[topic].append(sums)
+    totals = {topic: _total(of_topic) for topic, of_topic in parts.items()}
+    overall = module_health(_total(totals.values()))
+    health = [module_health(of_topic) for of_topic in totals.values()]
     return RouterStatistics(
         topics=tuple(topics),
         shares={module: state.shares for module, state in overall.items()},
@@ -88,8 +88,6 @@ def _total(parts: Iterable[dict[str, RouterSums]]) -> dict[str, RouterSums]:
     return jax.tree.map(lambda *values: sum(values), *parts)
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _sums(state: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef) -> dict[str, RouterSums]:
-    model: Any = nnx.merge(graphdef, state, copy=True)
+def _router_sums(model: Any, batch: Batch) -> dict[str, RouterSums]:
     _, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
     return router_sums(router, batch.loss_mask)

@@ -9,7 +9,7 @@ from moe_lora_jax.train.loop import TrainResult, train
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
 from moe_lora_jax.train.settings import TrainSettings
-from moe_lora_jax.train.step import Batch, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.step import Batch, make_train_step, merge_back, split_model
 from moe_lora_jax.train.tokenizer import load_tokenizer
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "experts_only",
     "load_balancing_loss",
     "load_tokenizer",
-    "make_eval_step",
     "make_train_step",
     "merge_back",
     "next_token_loss",

@@ -1,15 +1,18 @@
-"""The loss of a model on data, outside a training run."""
+"""Models run over data, outside a training step: their loss, or whatever else is asked of every batch."""
 
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moe_lora_jax.models.stacked import unstack_layers
 from moe_lora_jax.sharding import mesh_of, put_rows, replicated
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import TokenData
-from moe_lora_jax.train.losses import next_token_loss
+from moe_lora_jax.train.losses import TokenLoss, next_token_loss
 from moe_lora_jax.train.step import Batch
 
 
@@ -22,17 +25,63 @@ def evaluate(model: nnx.Module, data: TokenData, *, batch_size: int = 8, pad_id:
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.
     """
-    graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
-    nll, counted, mesh = 0.0, 0.0, mesh_of(state)
-    for host in eval_batches(data.examples, batch_size=batch_size, pad_id=pad_id):
-        mean, tokens = _loss(state, put_rows(host.batch, mesh), graphdef=graphdef, mesh=mesh)
+    return mean_loss(*split_for_evaluation(model), data, batch_size=batch_size, pad_id=pad_id)[0]
+
+
+def mean_loss(
+    graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], data: TokenData, *, batch_size: int, pad_id: int
+) -> tuple[float, int]:
+    """`evaluate` for a model that is split already; also returns the number of counted tokens."""
+    nll, counted = 0.0, 0.0
+    hosts = eval_batches(data.examples, batch_size=batch_size, pad_id=pad_id)
+    for mean, tokens in run_batches(batch_loss, graphdef, states, (host.batch for host in hosts)):
         nll, counted = nll + float(mean) * float(tokens), counted + float(tokens)
-    return nll / counted
+    return nll / counted, int(counted)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def _loss(state: nnx.State, batch: Batch, *, graphdef: nnx.GraphDef, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
-    model = nnx.merge(graphdef, state, copy=True)
+def batch_loss(model: Any, batch: Batch) -> TokenLoss:
+    """The next-token loss of one batch."""
     logits = model(batch.input_ids, attention_mask=batch.attention_mask)
-    loss = next_token_loss(logits, batch.input_ids, batch.loss_mask)
-    return loss if mesh is None else jax.lax.with_sharding_constraint(loss, replicated(mesh))
+    return next_token_loss(logits, batch.input_ids, batch.loss_mask)
+
+
+def split_for_evaluation(model: Any) -> tuple[nnx.GraphDef, tuple[nnx.State, ...]]:
+    """What `run_batches` takes: the model without dropout, split. Several models may come as one tuple."""
+    graphdef, state = nnx.split(nnx.with_attributes(model, deterministic=True, raise_if_not_found=False))
+    return graphdef, (state,)
+
+
+def run_batches(
+    compute: Callable[[Any, Batch], Any],
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    batches: Iterable[Batch],
+) -> Iterator[Any]:
+    """Yields compute(model, batch) of every batch, on the host; to sum up is the caller's part.
+
+    The program is compiled once for a function, a graph and a shape. On a mesh the rows of a batch are spread over it,
+    and what is computed is whole on every device.
+
+    Args:
+        compute: from the model and a batch to a pytree of arrays; jitted.
+        graphdef: of the model, in evaluation mode.
+        states: all of its states; the layers may be stacked (`models.stacked`).
+        batches: of arrays [batch, seq].
+    """
+    mesh = mesh_of(states)
+    for batch in batches:
+        yield jax.device_get(_run(states, put_rows(batch, mesh), compute=compute, graphdef=graphdef, mesh=mesh))
+
+
+@partial(jax.jit, static_argnames=("compute", "graphdef", "mesh"))
+def _run(
+    states: tuple[nnx.State, ...],
+    batch: Batch,
+    *,
+    compute: Callable[[Any, Batch], Any],
+    graphdef: nnx.GraphDef,
+    mesh: Mesh | None,
+) -> Any:
+    model = nnx.merge(graphdef, *unstack_layers(states), copy=True)
+    computed = compute(model, batch)
+    return computed if mesh is None else jax.lax.with_sharding_constraint(computed, replicated(mesh))

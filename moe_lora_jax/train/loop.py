@@ -14,28 +14,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.memory import explained
-from moe_lora_interop.progress_bar import progress
+from moe_lora_interop.progress import no_progress
 from moe_lora_jax.adapters.checkpoint import save_pretrained
 from moe_lora_jax.adapters.filters import PARTS
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.processes import largest
-from moe_lora_jax.sharding import mesh_of, put_rows, row_parts
-from moe_lora_jax.train.batches import HostBatch, TrainBatches, eval_batches
+from moe_lora_jax.sharding import mesh_of, put_rows
+from moe_lora_jax.train.batches import HostBatch, TrainBatches
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData
 from moe_lora_jax.train.errors import TrainingError
+from moe_lora_jax.train.evaluation import mean_loss
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
+from moe_lora_jax.train.refusals import check_mesh, check_selection, trainable_config
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
-from moe_lora_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step, merge_back, split_model
+from moe_lora_jax.train.step import StepMetrics, TrainState, make_train_step, merge_back, split_model
 from moe_lora_jax.train.stop_signals import stop_signals
+
+OnStep = Callable[[int, int, str], Any]
+STEPS = (
+    "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
+    "a smaller max_length: activations grow with batch_size and with the longest example",
+    "scan_layers and remat together (of `load_base_model` and of `moe-lora train`) keep no activations of a layer",
+    "the base model in bfloat16 takes half of float32 (dtype)",
+    "every trained number takes 16 bytes: a smaller r, fewer num_experts or target_modules",
+    "the directory keeps the failed run: choose another output_dir, or remove it",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def train(
     eval_data: TokenData | None = None,
     on_eval: Callable[[int, nnx.Module], Any] | None = None,
     pad_id: int = 0,
-    console: Console | None = None,
+    on_progress: OnStep = no_progress,
 ) -> TrainResult:
     """Trains the adapter of `model` and writes it to `output_dir`; the model then carries it, in eval mode.
 
@@ -80,29 +91,18 @@ def train(
     Args:
         model: with an adapter (`apply_moe_lora` or `load_adapter`).
         data: from `read_data`.
-        eval_data: likewise; None does not evaluate.
-        on_eval: called after every evaluation with the step and the model, which carries the adapter of that step.
         output_dir: for the adapter, and a folder `training` for the rest (see `run_dir`).
         settings: see `TrainSettings`.
+        eval_data: likewise from `read_data`; None does not evaluate.
+        on_eval: called after every evaluation with the step and the model, which carries the adapter of that step.
         pad_id: the token that padding is made of; it is masked.
-        console: for the progress bar; default stderr. Without a terminal nothing is shown.
+        on_progress: called after every step with its number, how many there are, and a line on how it goes.
 
     Raises:
         TrainingError: no adapter, nothing selected to train, the directory is taken, the checkpoint does not fit, or
             the loss is no longer finite (with the step, the lines of its batch and the last good checkpoint).
     """
-    config = getattr(model, "moe_lora_config", None)
-    if config is None:
-        raise TrainingError("nothing to train", ["the model has no adapter: call apply_moe_lora or load_adapter first"])
-    if config.router_aux_loss == "localized" and config.router_aux_loss_coef != 0:
-        problem = (
-            f"router_aux_loss_coef: found {config.router_aux_loss_coef} with router_aux_loss 'localized', expected 0"
-        )
-        raise TrainingError(
-            "cannot train", [f"{problem}: that loss needs samples marked by type, the data has no marks"]
-        )
-    if config.router_input == "task":
-        raise TrainingError("cannot train", ["router_input: found 'task', expected 'hidden': the data has no task ids"])
+    config = trainable_config(model)
     loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
     warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
     identity = {
@@ -117,22 +117,16 @@ def train(
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
-        stack.enter_context(explained(*_memory(settings, data)))
-        bar = stack.enter_context(progress("compiling the step", console))
+        work = f"training with batches of {settings.batch_size} rows of up to {data.longest} tokens"
+        stack.enter_context(explained(work, STEPS))
         loop.start(run, checkpoints)
         stopped = 0
         while loop.step < loop.total_steps and not (stopped := largest(stop.number or 0)):
-            loop.advance(bar)
+            loop.advance(on_progress)
         loop.save()
         merge_back(model, loop.state, loop.frozen)
-        result = TrainResult(
-            Path(output_dir),
-            loop.step,
-            loop.total_steps,
-            loop.losses,
-            loop.eval_losses,
-            signal.Signals(stopped) if stopped else None,
-        )
+        by = signal.Signals(stopped) if stopped else None
+        result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses, by)
         if result.is_finished:
             save_pretrained(model, output_dir)
         return result
@@ -151,27 +145,19 @@ class _Loop:
         on_eval: Callable[[int, nnx.Module], Any] | None,
         pad_id: int,
     ):
-        self.model, self.config, self.on_eval = model, config, on_eval
-        self.data, self.eval_data, self.settings, self.pad_id = data, eval_data, settings, pad_id
+        self.model, self.data, self.settings = model, data, settings
+        self.eval_data, self.on_eval, self.pad_id = eval_data, on_eval, pad_id
         self.total_steps = settings.total_steps(len(data.examples))
         self.schedule = warmup_cosine(settings.learning_rate, settings.warmup_steps, self.total_steps)
         optimizer = adamw(self.schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
         model.train()
         graphdef, self.state, self.frozen = split_model(model, PARTS[settings.train_only], optimizer)
         model.eval()
-        if not jax.tree.leaves(self.state.trainable):
-            problem = f"train_only = {settings.train_only!r} selects nothing: every module has one expert, so no router"
-            raise TrainingError("nothing to train", [problem])
+        self.evaluated = nnx.graphdef(model)
         self.mesh = mesh_of(self.state.trainable)
-        if self.mesh is None and jax.process_count() > 1:
-            problem = f"found {jax.process_count()} processes and a model on one device"
-            raise TrainingError("no mesh", [f"{problem}, expected load_base_model(..., mesh=mlj.make_mesh(...))"])
-        if self.mesh is not None and settings.batch_size % row_parts(self.mesh):
-            axes = " x ".join(f"{name} {self.mesh.shape[name]}" for name in self.mesh.axis_names)
-            problem = f"batch_size: found {settings.batch_size}, expected a multiple of {row_parts(self.mesh)}"
-            raise TrainingError("the mesh does not fit", [f"{problem} on the mesh {axes}: rows go over data and fsdp"])
-        self.train_step = make_train_step(graphdef, optimizer, self.config, self.state)
-        self.eval_step = make_eval_step(nnx.graphdef(model), self.state)
+        check_selection(self.state.trainable, settings)
+        check_mesh(self.mesh, settings)
+        self.train_step = make_train_step(graphdef, optimizer, config, self.state)
         self.batches = TrainBatches(
             data.examples,
             batch_size=settings.batch_size,
@@ -183,7 +169,7 @@ class _Loop:
         self.step = 0
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
-        self.watch = CollapseWatch(self.config)
+        self.watch = CollapseWatch(config)
         self.window = Window()
 
     def start(self, run: RunDirectory, checkpoints: Checkpoints) -> None:
@@ -205,7 +191,7 @@ class _Loop:
             self.evaluate()
         self.window = Window()
 
-    def advance(self, show: Any) -> None:
+    def advance(self, show: OnStep) -> None:
         """One optimizer step, and what is due after it."""
         host = next(self.batches)
         batch = put_rows(host.batch, self.mesh, axis=1)  # the first axis are micro-batches
@@ -227,13 +213,11 @@ class _Loop:
     def evaluate(self) -> None:
         """The loss on the evaluation data, logged."""
         assert self.eval_data is not None
-        nll, counted = 0.0, 0.0
-        for host in eval_batches(self.eval_data.examples, batch_size=self.settings.batch_size, pad_id=self.pad_id):
-            batch = put_rows(host.batch, self.mesh)
-            sums = jax.device_get(self.eval_step(self.state.trainable, self.state.rng, self.frozen, batch))
-            nll, counted = nll + float(sums.nll), counted + float(sums.counted_tokens)
-        self.eval_losses[self.step] = nll / counted
-        self.run.log({"step": self.step, "eval_loss": self.eval_losses[self.step], "eval_tokens": int(counted)})
+        states = (self.state.trainable, self.state.rng, *self.frozen)
+        size, pad_id = self.settings.batch_size, self.pad_id
+        loss, tokens = mean_loss(self.evaluated, states, self.eval_data, batch_size=size, pad_id=pad_id)
+        self.eval_losses[self.step] = loss
+        self.run.log({"step": self.step, "eval_loss": loss, "eval_tokens": tokens})
         if self.on_eval is not None:
             copied = jax.tree.map(jnp.copy, (self.state.trainable, self.state.rng))  # the next step donates these
             merge_back(self.model, TrainState(copied[0], self.state.opt_state, copied[1]), self.frozen)
@@ -282,19 +266,6 @@ class _Loop:
         )
 
 
-def _memory(settings: TrainSettings, data: TokenData) -> tuple[str, list[str]]:
-    """What takes the memory of a run, and what makes it less."""
-    longest = max(len(e.ids) for e in data.examples)
-    return f"training with batches of {settings.batch_size} rows of up to {longest} tokens", [
-        "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
-        "a smaller max_length: activations grow with batch_size and with the longest example",
-        "scan_layers and remat together (of `load_base_model` and of `moe-lora train`) keep no activations of a layer",
-        "the base model in bfloat16 takes half of float32 (dtype)",
-        "every trained number takes 16 bytes: a smaller r, fewer num_experts or target_modules",
-        "the directory keeps the failed run: choose another output_dir, or remove it",
-    ]
-
-
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -309,10 +280,7 @@ class Window:
 
     def add(self, metrics: StepMetrics) -> None:
         self.tokens += float(metrics.tokens)
-        self.router = {
-            module: sums if module not in self.router else jax.tree.map(np.add, self.router[module], sums)
-            for module, sums in metrics.router.items()
-        }
+        self.router = jax.tree.map(np.add, self.router, metrics.router) if self.router else metrics.router
 
     @property
     def speed(self) -> float:

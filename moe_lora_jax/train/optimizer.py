@@ -1,7 +1,5 @@
 """AdamW with linear warm-up, cosine decay and global-norm clipping."""
 
-import jax
-import jax.numpy as jnp
 import optax
 
 
@@ -17,13 +15,9 @@ def warmup_cosine(learning_rate: float, warmup_steps: int, total_steps: int) -> 
         total_steps: T.
     """
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        i = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((i - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
-        decayed = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
-        return learning_rate * jnp.where(i < warmup_steps, (i + 1.0) / max(warmup_steps, 1), decayed)
-
-    return schedule
+    rise = optax.linear_schedule(learning_rate / max(warmup_steps, 1), learning_rate, warmup_steps - 1)
+    decay = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
+    return optax.join_schedules([rise, decay], [warmup_steps])
 
 
 def adamw(

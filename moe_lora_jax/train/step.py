@@ -63,14 +63,6 @@ class StepMetrics(NamedTuple):
     router: dict[str, RouterSums]
 
 
-class EvalSums(NamedTuple):
-    """Sums over one batch, which add up over batches: loss = nll / counted_tokens."""
-
-    nll: jax.Array
-    counted_tokens: jax.Array
-    router: dict[str, RouterSums]
-
-
 def split_model(
     model: nnx.Module, trainable: Callable[..., bool] | type, optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, TrainState, FrozenState]:
@@ -173,26 +165,6 @@ def make_train_step(
 
     outputs = None if mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, like), replicated(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
-
-
-def make_eval_step(
-    graphdef: nnx.GraphDef, like: TrainState | None = None
-) -> Callable[[nnx.State, nnx.State, FrozenState, Batch], EvalSums]:
-    """The jitted evaluation of one [batch, seq] batch: (trainable, rng, frozen, batch) -> sums. Nothing is donated.
-
-    Args:
-        graphdef: of the same model in eval mode.
-        like: on a mesh, the state.
-    """
-    mesh = mesh_of(like)
-
-    def evaluate(trainable: nnx.State, rng: nnx.State, frozen: FrozenState, batch: Batch) -> EvalSums:
-        model = nnx.merge(graphdef, *unstack_layers((trainable, rng, frozen.adapter, frozen.base)))
-        logits, router = model(batch.input_ids, attention_mask=batch.attention_mask, return_router=True)
-        lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
-        return EvalSums(lm.mean * lm.counted_tokens, lm.counted_tokens, router_sums(router, batch.attention_mask))
-
-    return jax.jit(evaluate, out_shardings=None if mesh is None else replicated(mesh))
 
 
 def _losses(logits: jax.Array, router: Any, batch: Batch, config: MoeLoraConfig | None) -> tuple[Any, Any, Any]:

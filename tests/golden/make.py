@@ -14,16 +14,18 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 import numpy as np
-from interop.config_fields import options_of
-from interop.presence import block_of, expected_tensors
-from interop.registry import dialect_named
-from interop.rules import axes_of
-from interop.samples import SAMPLES
 from safetensors.numpy import load_file, save_file
 
-import interop
+import moe_lora_interop
+from moe_lora_interop import MoeLoraConfig
+from moe_lora_interop.checkpoint.implied_tensors import expected_tensors
+from moe_lora_interop.config.modules import block_of
+from moe_lora_interop.dialects.registry import dialect_named
+from moe_lora_interop.rules.configs import options_of
+from moe_lora_interop.rules.tensors import axes_of
 from tests.golden.variants import IDS, LLAMA, NATIVE, TASK_IDS
 from tests.numpy_mixture import NumpyMixture
+from tools.samples import SAMPLES
 
 ROOT = Path(__file__).parent
 BASE = ROOT / "base"
@@ -40,18 +42,18 @@ def main(names: list[str]) -> None:
             write(ROOT / "layouts" / layout, layout, layout_config(layout), ("float32",) * 2)
 
 
-def native_config(dtypes: Any = None, **fields: Any) -> interop.MoeLoraConfig:
+def native_config(dtypes: Any = None, **fields: Any) -> MoeLoraConfig:
     defaults = {"r": 2, "lora_alpha": 3, "num_experts": 3, "target_modules": ["q_proj", "down_proj"]}
-    return interop.MoeLoraConfig(**{**defaults, **fields})
+    return MoeLoraConfig(**{**defaults, **fields})
 
 
-def layout_config(layout: str) -> interop.MoeLoraConfig:
+def layout_config(layout: str) -> MoeLoraConfig:
     preset, fields, kinds = SAMPLES[layout]
     values = {"r": 2, "num_experts": 4, "lora_alpha": 4, **fields, "target_modules": list(kinds[:3])}
-    return interop.MoeLoraConfig.preset(preset, **values) if preset else interop.MoeLoraConfig(**values)
+    return MoeLoraConfig.preset(preset, **values) if preset else MoeLoraConfig(**values)
 
 
-def write(directory: Path, layout: str, config: interop.MoeLoraConfig, dtypes: tuple[str, str]) -> None:
+def write(directory: Path, layout: str, config: MoeLoraConfig, dtypes: tuple[str, str]) -> None:
     if directory.exists():
         print(f"{directory.name}: exists, and is never written again")
         return
@@ -72,7 +74,7 @@ def write(directory: Path, layout: str, config: interop.MoeLoraConfig, dtypes: t
         "options": options_of(dialect_named(layout), adapter.config, adapter.modules),
         "written_by": {"minimal": "hand", "peft": "PEFT"}.get(directory.name, "interop"),
         "stored": manifest(stored),
-        "config": interop.MoeLoraConfig.to_dict(adapter.config),
+        "config": MoeLoraConfig.to_dict(adapter.config),
         "tensors": {f"{m}:{role}": summary(t) for (m, role), t in sorted(adapter.tensors.items())},
     }
     (directory / "golden.json").write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -80,8 +82,8 @@ def write(directory: Path, layout: str, config: interop.MoeLoraConfig, dtypes: t
     np.savez(directory / "outputs.npz", **arrays, **({} if tasks is None else {"task_ids": tasks}))
 
 
-def store(adapter: interop.Adapter, directory: Path, layout: str, name: str) -> None:
-    interop.write(adapter, directory, layout)
+def store(adapter: moe_lora_interop.Adapter, directory: Path, layout: str, name: str) -> None:
+    moe_lora_interop.write(adapter, directory, layout)
     (directory / "README.md").unlink(missing_ok=True)  # a model card is for people; its text may change
     config = directory / "adapter_config.json"
     if name == "minimal":  # as in FORMAT.md: only what is not the default, and no digest
@@ -94,7 +96,7 @@ def store(adapter: interop.Adapter, directory: Path, layout: str, name: str) -> 
         import peft
         import transformers
 
-        from interop import peft_tuner  # noqa: F401  registers
+        from moe_lora_interop import peft_tuner  # noqa: F401  registers
 
         model = transformers.AutoModelForCausalLM.from_pretrained(BASE)
         model = peft.PeftModel.from_pretrained(model, directory)
@@ -115,8 +117,8 @@ class Recorder(NumpyMixture):
 
 
 def random_adapter(
-    config: interop.MoeLoraConfig, weights: dict[str, np.ndarray], dtypes: tuple[str, str], seed: int
-) -> interop.Adapter:
+    config: MoeLoraConfig, weights: dict[str, np.ndarray], dtypes: tuple[str, str], seed: int
+) -> moe_lora_interop.Adapter:
     """Random tensors for every slot that the config implies on the base; zero beyond each expert's own rank."""
     rng, tensors = np.random.default_rng(seed), {}
     shapes = {name.removesuffix(".weight"): w.shape for name, w in weights.items() if "_proj" in name}
@@ -131,7 +133,7 @@ def random_adapter(
         for expert, rank in enumerate(config.for_module(module).ranks if role == "lora_A" else ()):
             tensor[min(expert, len(tensor) - 1), rank:] = 0
         tensors[module, role] = tensor.astype(dtypes[not role.startswith("lora")])
-    return interop.Adapter(config, tensors)
+    return moe_lora_interop.Adapter(config, tensors)
 
 
 def manifest(directory: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.base_tensors import name_in_base, whole_modules
 
@@ -22,13 +23,13 @@ def check_no_whole_modules(path: Path, raw: Mapping[str, Any], stored: Iterable[
         raise CheckpointError(f"{path} holds more than an adapter", [problem])
 
 
-def warn_of_base_tensors(source: str, found: Mapping[str, np.ndarray]) -> None:
+def warn_of_base_tensors(source: str, found: Mapping[str, Tensor]) -> None:
     """Says that tensors of the base model are left out, if there are any."""
     for note in left_out(found):
         warnings.warn(f"{source}: {note}", UserWarning, stacklevel=3)
 
 
-def left_out(found: Mapping[str, np.ndarray]) -> list[str]:
+def left_out(found: Mapping[str, Tensor]) -> list[str]:
     """A sentence on the tensors of the base model that are left out, if there are any."""
     names = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items())
     note = (
@@ -38,7 +39,7 @@ def left_out(found: Mapping[str, np.ndarray]) -> list[str]:
     return [note] if found else []
 
 
-def base_problems(found: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray]) -> Iterator[str]:
+def base_problems(found: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Iterator[str]:
     """In what the tensors of the base model that came with an adapter differ from those of a base at hand.
 
     Args:
@@ -62,11 +63,11 @@ def _problem(name: str, what: str) -> str:
     )
 
 
-def _same(values: np.ndarray, others: np.ndarray) -> bool:
+def _same(values: Tensor, others: Tensor) -> bool:
     """Bit by bit, with `others` in the dtype of `values`."""
     with np.errstate(over="ignore", invalid="ignore"):
-        cast = np.ascontiguousarray(np.asarray(others).astype(values.dtype))
-    return np.ascontiguousarray(values).tobytes() == cast.tobytes()
+        cast = np.asarray(others).astype(values.dtype)
+    return np.asarray(values).tobytes() == cast.tobytes()
 
 
 def _is_text(name: Any) -> bool:

@@ -1,7 +1,9 @@
 """The README.md that a save puts next to an adapter: what it is, how to load it, what it computes."""
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,6 +11,11 @@ from pathlib import Path
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
 from moe_lora_interop.config.base_name import hub_name
 from moe_lora_interop.config.in_words import routing_in_words
+from moe_lora_interop.dialects.native import NATIVE
+from moe_lora_interop.disk.dtypes import bits
+from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.rules.codecs import collapsed
+from moe_lora_interop.rules.tensors import claim
 
 CARD_NAME = "README.md"
 PLACEHOLDER = "# Model Card for Model ID"
@@ -20,14 +27,18 @@ _TEMPLATE = """---
 
 # Mixture-of-LoRA-experts adapter
 
-Base model: `{base}`. Format: moe-lora native, version {version}. {experts} experts of rank {r} on {count} modules.
+Base model: `{base}`. Format: moe-lora native, version {version}. {experts} experts of rank {r}.
 
 ## Load
 
-PyTorch (the import registers the `MOE_LORA` method with PEFT; without it PEFT raises `KeyError: 'MOE_LORA'`):
+PyTorch:
+
+```bash
+pip install "moe-lora-jax[torch]"
+```
 
 ```python
-import moe_lora_interop.peft_tuner
+import moe_lora_interop.peft_tuner  # registers MOE_LORA with PEFT, which otherwise raises KeyError: 'MOE_LORA'
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "path/to/this/directory")
@@ -47,17 +58,23 @@ mlj.load_adapter(model, "path/to/this/directory")
 On each target module: y = W0 x + sum_e g_e(x) s_e B_e A_e x, with s_e = {scaling}.
 Routing: {routing}.
 
-## Tensors
-
-| name | dtype | shape |
-|---|---|---|
-{rows}
-
-Written with {versions}.
+{contents}Written with {versions}.
 """
 
 
-def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+_CONTENTS = """## Tensors
+
+{tensors} tensors, {parameters:,} parameters, {bytes:,} bytes ({dtypes}).
+
+| modules | number | experts | in | out | r |
+|---|---|---|---|---|---|
+{rows}
+
+"""
+LONGEST_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> None:
     """Writes the card, unless somebody has written a README.md there; PEFT's placeholder is nobody's."""
     path = directory / CARD_NAME
     found = path.read_text("utf-8", errors="replace") if path.exists() else ""
@@ -67,13 +84,11 @@ def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, tuple
         path.write_text(text, "utf-8", errors="replace")
 
 
-def model_card(
-    config: MoeLoraConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: str | None = None
-) -> str:
+def model_card(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo], metadata: str | None = None) -> str:
     """Markdown of the card.
 
     Args:
-        tensors: {stored name: (dtype, shape)}.
+        tensors: {stored name: dtype and shape}.
         metadata: YAML for the card's head; None: the library, the tags, and the base model if it is known. A base
             model is named there by its id on the Hugging Face Hub, which refuses a card with a path, or not at all.
     """
@@ -85,7 +100,6 @@ def model_card(
         metadata = "\n".join(line for line in metadata.splitlines() if "base_model" not in line)
     else:
         metadata = metadata.replace(base, known.id)
-    rows = "\n".join(f"| `{name}` | {dtype} | {list(shape)} |" for name, (dtype, shape) in sorted(tensors.items()))
     root = "sqrt(r)" if config.use_rslora else "r"
     return _TEMPLATE.format(
         metadata=metadata,
@@ -93,12 +107,42 @@ def model_card(
         version=FORMAT_VERSION,
         experts=config.num_experts,
         r=config.r,
-        count=len(config.target_modules or ()),
         scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",
         routing=routing_in_words(config),
-        rows=rows,
+        contents=_contents(config, tensors) if tensors else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
+
+
+def _contents(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> str:
+    """How many tensors there are, and a row per kind of module, layer numbers left out."""
+    kinds = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", module), sizes.num_experts, *features, str(collapsed(sizes.ranks)))
+        for module, features in _features(tensors).items()
+        for sizes in [config.for_module(module)]
+    )
+    rows = (
+        f"| `{kind}` | {number} | {experts} | {n_in} | {n_out} | {r} |"
+        for (kind, experts, n_in, n_out, r), number in sorted(kinds.items(), key=str)
+    )
+    counts = [(math.prod(info.shape), bits(info.dtype)) for info in tensors.values()]
+    return _CONTENTS.format(
+        tensors=len(tensors),
+        parameters=sum(count for count, _ in counts),
+        bytes=sum(count * width // 8 for count, width in counts),
+        dtypes=", ".join(sorted({info.dtype for info in tensors.values()})),
+        rows="\n".join(rows),
+    )
+
+
+def _features(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
+    """{module: (in, out)} of stored tensors."""
+    sizes: dict[str, dict[str, int]] = {}
+    for name, info in tensors.items():
+        rule = claim(NATIVE.rules, name, len(info.shape))
+        if rule is not None and rule.role in ("lora_A", "lora_B") and (bound := rule.stored.bind(name)) is not None:
+            sizes.setdefault(bound["module"], {}).update(zip(rule.stored.atoms, info.shape, strict=True))
+    return {module: (found["in"], found["out"]) for module, found in sizes.items()}
 
 
 def _versions() -> Iterator[tuple[str, str]]:

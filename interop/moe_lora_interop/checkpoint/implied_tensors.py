@@ -7,14 +7,15 @@ import numpy as np
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.modules import router_owners
+from moe_lora_interop.disk.dtypes import STORED
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.rules.tensors import axes_of
 
-DTYPES = ("float32", "bfloat16", "float16")
 Slot = tuple[str, str]
 
 
-def layout_problems(config: MoeLoraConfig, tensors: Mapping[Slot, np.ndarray]) -> list[str]:
+def layout_problems(config: MoeLoraConfig, tensors: Mapping[Slot, Tensor]) -> list[str]:
     """Everything in which canonical tensors differ from what the config implies; empty if nothing."""
     modules = sorted({module for module, role in tensors if role in ("lora_A", "lora_B")})
     problems = list(_target_problems(config, modules))
@@ -99,11 +100,11 @@ def _router_tensors(config: MoeLoraConfig, owner: str, logits: int) -> dict[Slot
     return tensors
 
 
-def _shape_problems(label: str, role: str, tensor: np.ndarray, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def _shape_problems(label: str, role: str, tensor: Tensor, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:
     axes = axes_of(role).split()
     shape = f"{label}: shape {list(tensor.shape)}"
-    if tensor.dtype.name not in DTYPES:
-        yield "dtype", f"{label}: dtype {tensor.dtype.name}, expected one of {', '.join(DTYPES)}"
+    if tensor.dtype.name not in STORED:
+        yield "dtype", f"{label}: dtype {tensor.dtype.name}, expected one of {', '.join(STORED)}"
     if len(axes) != tensor.ndim:
         yield "axes", f"{shape}, expected {len(axes)} axes [{', '.join(axes)}]"
         return
@@ -113,7 +114,7 @@ def _shape_problems(label: str, role: str, tensor: np.ndarray, sizes: Mapping[st
             yield axis, f"{shape} [{', '.join(axes)}], found {axis} = {found}, expected {wanted or 'at least 1'}"
 
 
-def _padding_problems(config: MoeLoraConfig, module: str, role: str, tensor: np.ndarray) -> Iterator[str]:
+def _padding_problems(config: MoeLoraConfig, module: str, role: str, tensor: Tensor) -> Iterator[str]:
     """Values beyond an expert's own rank, which is smaller than its siblings': they must be zero."""
     fitting, _ = config.fitting([module])
     ranks = fitting[module].ranks if fitting else ()

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from moe_lora_interop.checkpoint import directory as storage
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.checkpoint.base_tensors import base_problems, left_out
-from moe_lora_interop.checkpoint.read_write import METADATA, layout_of, opened
+from moe_lora_interop.checkpoint.read_write import between_saves, opened
+from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
-from moe_lora_interop.dialects.registry import dialect_named
 from moe_lora_interop.disk import files
 from moe_lora_interop.disk.digest import NAME as DIGEST
+from moe_lora_interop.disk.dtypes import bits
 from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
-from moe_lora_interop.rules.base_tensors import base_tensors, name_in_base, whole_modules
-
-METADATA_KEYS = {*METADATA, DIGEST}
+from moe_lora_interop.rules.base_tensors import name_in_base
 
 
 @dataclass(frozen=True)
@@ -75,32 +73,23 @@ def inspect(directory: str | os.PathLike[str], dialect: str | None = None, **opt
     Raises:
         CheckpointError, ConfigError: it is not a checkpoint in a known layout.
     """
-    path = files.existing_directory(directory)
-    name = dialect or layout_of(path)
-    stored = storage.open_directory(path, dialect_named(name), options)
-    if name == "native":
-        config = MoeLoraConfig.from_dict(stored.raw)
-    else:
-        with opened(path, name, **options) as adapter:
-            config = adapter.config
-    tensors, metadata = stored.infos, stored.metadata
+    with between_saves(directory, dialect, options, _inspection) as found:
+        return found
+
+
+def _inspection(reading: Reading) -> Inspection:
+    config, tensors = reading.adapter_config(), reading.stored.infos
     counts = {name: math.prod(t.shape) for name, t in tensors.items()}
-    size = sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items())
-    notes = list(_notes(name, config, tensors))
-    return Inspection(name, config, routing_in_words(config), tensors, sum(counts.values()), size, metadata, notes)
-
-
-def _notes(dialect: str, config: MoeLoraConfig, infos: dict[str, TensorInfo]) -> Iterator[str]:
-    whole = whole_modules(config.modules_to_save or (), infos)
-    shapes = {name: np.broadcast_to(np.float32(0), info.shape) for name, info in infos.items() if name not in whole}
-    yield from left_out(base_tensors(dialect_named(dialect).rules, shapes))
-    yield from (f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole)
-
-
-def bits(dtype: str) -> int:
-    """Bits per value of a safetensors dtype: F32, BF16, F8_E4M3, BOOL, ..."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8
+    return Inspection(
+        reading.dialect.name,
+        config,
+        routing_in_words(config),
+        tensors,
+        parameters=sum(counts.values()),
+        bytes=sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items()),
+        metadata=dict(reading.stored.metadata),
+        notes=reading.notes(),
+    )
 
 
 def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
@@ -112,9 +101,7 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     """
     try:
         with opened(directory) as adapter:
-            path = Path(directory)
-            metadata = storage.open_directory(path, dialect_named(layout_of(path)), {}).metadata
-            findings = [*_metadata_findings(metadata), *_value_findings(adapter)]
+            findings = [*_metadata_findings(adapter), *_value_findings(adapter)]
             if base is None:
                 return [*findings, *(Finding("note", text) for text in left_out(adapter.base_tensors))]
             return [*findings, *_base_findings(adapter, Path(base))]
@@ -124,14 +111,15 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         ]
 
 
-def _metadata_findings(metadata: dict[str, str]) -> Iterator[Finding]:
+def _metadata_findings(adapter: OpenAdapter) -> Iterator[Finding]:
+    metadata, expected = adapter.metadata, adapter.dialect.metadata
     if DIGEST not in metadata:
         yield Finding("note", "no digest in the file (PEFT writes none): damage to the tensors would not be noticed")
-    for key in sorted(metadata.keys() - METADATA_KEYS):
+    for key in sorted(metadata.keys() - expected.keys() - {DIGEST}):
         yield Finding("note", f"unknown header metadata {key!r}: {metadata[key]!r}")
-    version = metadata.get("format_version", METADATA["format_version"])
-    if version != METADATA["format_version"]:
-        yield Finding("error", f"header format_version: found {version!r}, expected {METADATA['format_version']!r}")
+    version = expected.get("format_version")
+    if version is not None and (found := metadata.get("format_version", version)) != version:
+        yield Finding("error", f"header format_version: found {found!r}, expected {version!r}")
 
 
 def _value_findings(adapter: Adapter) -> Iterator[Finding]:
@@ -149,8 +137,8 @@ def _value_findings(adapter: Adapter) -> Iterator[Finding]:
 
 def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
     shapes = base_shapes(base)
-    for module in adapter.modules:
-        found = (adapter.tensors[module, "lora_B"].shape[1], adapter.tensors[module, "lora_A"].shape[-1])
+    for module, features in adapter.features.items():
+        found = features[::-1]
         expected = shapes.get(_stored_name(f"{module}.weight", shapes) or "")
         if expected is None:
             yield Finding("error", f"{module}: not in the base model at {base}")
@@ -167,13 +155,11 @@ def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
 
 def _of_base(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
     """The base's own tensors for those that came with the adapter."""
-    places = {name: path for path in sorted(base.glob("*.safetensors")) for name in files.read_header(path)[0]}
-    found = {}
-    for name in adapter.base_tensors:
-        if (stored := _stored_name(name_in_base(name), places)) is not None:
-            with files.open_tensors(places[stored]) as tensors:
-                found[name] = np.asarray(tensors[stored])
-    return found
+    if not adapter.base_tensors:
+        return {}
+    with WeightFiles(base) as weights:
+        names = {name: _stored_name(name_in_base(name), weights.infos) for name in adapter.base_tensors}
+        return {name: weights.read(stored) for name, stored in names.items() if stored is not None}
 
 
 def _stored_name(name: str, stored: Collection[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`. (`export`: verbs_export.)"""
+"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`. (`export` needs jax.)"""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from moe_lora_interop.disk.atomic import require_empty
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.export.combining import combine as combine_adapters
 from moe_lora_interop.memory import explained
-from moe_lora_interop.rules.configs import options_of
+from moe_lora_interop.rules.configs import options_of, recorded_fields
 from moe_lora_interop.rules.dialect import REQUIRED, Dialect
 
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
@@ -59,11 +59,10 @@ def convert(
         raise ConfigError("invalid arguments", unknown)
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("converting"), explained("converting", STEPS):
-        layout = dialect or checkpoint.detect(source)
         table = dialect_named(to)
-        with checkpoint.opened(source, layout, **parse_options(options)) as adapter:
+        with checkpoint.opened(source, dialect, **parse_options(options)) as adapter:
             checkpoint.write(adapter, require_empty(target), to, allow_loss=allow_loss, duplicates=duplicates)
-    needed = options_of(table, adapter.config, adapter.modules) if to != "native" else {}
+    needed, layout = options_of(table, adapter.config, adapter.modules), adapter.dialect.name
     shell.say(f"{source} ({layout}) -> {target} ({to}): {len(adapter.tensors)} tensors")
     if needed:
         shell.say(f"{to} does not record everything; to read it back: {_as_flags(needed)}")
@@ -119,7 +118,6 @@ def dialects(*, json: Json = False, quiet: Quiet = False) -> None:
 
 def describe(dialect: Dialect) -> dict[str, Any]:
     """JSON-ready: what a layout records, implies, leaves out and needs."""
-    recorded = sorted(_FIELDS if dialect.name == "native" else {f.ours for f in dialect.fields})
     return {
         "name": dialect.name,
         "source": dialect.source,
@@ -129,7 +127,7 @@ def describe(dialect: Dialect) -> dict[str, Any]:
             | ({} if o.default is REQUIRED else {"default": o.default})
             for o in dialect.options
         ],
-        "records": recorded,
+        "records": sorted(recorded_fields(dialect)),
         "implies": dict(dialect.fixed),
         "read": True,
         "write": True,

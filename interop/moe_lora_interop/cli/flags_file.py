@@ -1,10 +1,11 @@
 """`--config FILE` of a verb: the same flags, written down in YAML as {name: value}."""
 
 import argparse
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_interop.errors import ConfigError, expected
@@ -39,7 +40,7 @@ def flags(verb: Verb, file: Path) -> list[str]:
     if not isinstance(values, dict):
         problem = f"{file}: found {type(values).__name__}, expected a mapping"
         raise ConfigError("cannot read the configuration", [problem])
-    known = [name for name in inspect.signature(verb).parameters if name != "config"]
+    known = [name for name in flag_names(verb) if name != "config"]
     problems = [f"{name}: unknown, {expected(str(name), known)}" for name in values if name not in known]
     problems += [f"{k}: found a mapping, expected a value or a list" for k, v in values.items() if isinstance(v, dict)]
     if problems:
@@ -54,6 +55,15 @@ def write_file(file: Path, values: Mapping[str, Any]) -> None:
     plain = {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in values.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+
+
+def flag_names(verb: Verb) -> list[str]:
+    """The flags of a verb: its parameters, and the fields of those that are a group of flags, a dataclass."""
+    hints, names = get_type_hints(verb), list[str]()
+    for name in inspect.signature(verb).parameters:
+        hint = hints.get(name)
+        names += [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else [name]
+    return names
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -10,6 +10,7 @@ from rich.text import Text
 from moe_lora_interop.checkpoint import inspection as checks
 from moe_lora_interop.cli.convert import Layout, Options, parse_options
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
+from moe_lora_interop.dialects.registry import dialect_named
 from moe_lora_interop.errors import printable
 
 
@@ -40,9 +41,9 @@ def inspect(
         print(f"  {name:<{width}}  {info.dtype:<4}  {list(info.shape)}")
     print()
     console = Console()
-    config = found.config
+    config, version = found.config, dialect_named(found.dialect).metadata.get("format_version")
     for name, value in (
-        ("layout", found.dialect + (f", format version {config.format_version}" if found.dialect == "native" else "")),
+        ("layout", found.dialect + (f", format version {version}" if version else "")),
         ("base model", config.base_model_name_or_path or "not recorded"),
         ("experts", f"{config.num_experts} of rank {config.r}, lora_alpha {config.lora_alpha}"),
         ("routing", found.routing),

@@ -7,7 +7,7 @@ inspect` needs neither jax nor torch.
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 
 from moe_lora_interop.cli.flags_file import with_file
 from moe_lora_interop.errors import CheckpointError, ConfigError, expected
@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     verbs = {point.name: point for point in entry_points(group=GROUP)}
+    if args == ["--version"]:
+        print(f"moe-lora {version('moe-lora-jax')}")
+        return 0
     if not args or args[0] in ("-h", "--help"):
         lines = [f"  {name:<11} {SUMMARIES.get(name, '')}".rstrip() for name in sorted(verbs)]
         print("\n".join(["usage: moe-lora VERB ...", "", *lines, "", "`moe-lora VERB --help` explains one."]))

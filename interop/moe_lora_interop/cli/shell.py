@@ -1,4 +1,4 @@
-"""Where a verb's words go, and the two flags that say so: the result and remarks to stdout, progress to stderr."""
+"""What a verb prints, under --quiet and --json: its result and remarks to stdout, its progress to stderr."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON, and no othe
 
 
 class Shell:
-    """A verb's output under its flags.
+    """A verb's output under these two flags.
 
     Args:
         quiet: no progress and no remarks. Errors and warnings never come this way.
@@ -37,6 +37,6 @@ class Shell:
         if self.json:
             print(json.dumps(result, indent=2, default=str))
 
-    def progress(self, text: str) -> "contextlib.AbstractContextManager[Bar]":
+    def progress(self, text: str) -> contextlib.AbstractContextManager[Bar]:
         """See `progress`."""
         return progress(text, self.terminal)

@@ -1,5 +1,6 @@
 """Native format version 1: what PEFT's own save_pretrained writes for the MOE_LORA tuner. See FORMAT.md."""
 
+from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE
 from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import Rule
@@ -21,5 +22,9 @@ NATIVE = Dialect(
         *BASE_TENSORS,
     ),
     needs=frozenset({"lora_A", "lora_B"}),
-    const={"peft_type": ("MOE_LORA",)},
+    own_config=True,
+    const={"peft_type": (PEFT_TYPE,)},
+    metadata={"format": "pt", "format_version": str(FORMAT_VERSION)},
+    signed=True,
+    card=True,
 )

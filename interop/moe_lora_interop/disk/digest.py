@@ -8,15 +8,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from xxhash import xxh3_128
 
 from moe_lora_interop.disk import lazy
+from moe_lora_interop.disk.lazy import Tensor
 
 NAME = "digest"
 
 
-def begun(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> xxh3_128:
+def begun(config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> xxh3_128:
     """The state before the tensors' bytes. `config` is without bookkeeping fields, in JSON's own types."""
     described = {
         "config": config,
@@ -31,7 +31,7 @@ def text(state: xxh3_128) -> str:
     return f"xxh3-128:{state.hexdigest()}"
 
 
-def digest(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+def digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """The digest of a whole adapter, one tensor in memory at a time."""
     state = begun(config, tensors, metadata)
     for name in sorted(tensors):

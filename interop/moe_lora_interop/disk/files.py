@@ -1,28 +1,25 @@
 """Files on disk: JSON and safetensors, read and written strictly. Failures are CheckpointErrors."""
 
-import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors needs to read it
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from xxhash import xxh3_128
 
 from moe_lora_interop.disk import digest, lazy, limits
 from moe_lora_interop.disk.digest import NAME as DIGEST
+from moe_lora_interop.disk.dtypes import NUMPY, STORED
+from moe_lora_interop.disk.lazy import Lazy, Tensor
 from moe_lora_interop.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_NUMPY_NAMES = {stored: name for name, stored in _DTYPE_NAMES.items()}
-DTYPES = tuple(_NUMPY_NAMES)
 
 
 class TensorInfo(NamedTuple):
@@ -61,43 +58,61 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """({name: dtype and shape}, metadata) without reading any tensor."""
-    with opened(path, "safetensors file") as file:
-        header, _ = _parsed_header(path, file)
-    metadata = header.pop("__metadata__", None)
-    return {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}, metadata or {}
+class TensorFile:
+    """A safetensors file, opened; its header is parsed once. A context manager.
 
-
-@contextlib.contextmanager
-def open_tensors(path: Path) -> Iterator[dict[str, np.ndarray]]:
-    """The tensors of a safetensors file, each read when it is asked for (`disk.lazy`), while this file is open.
-
-    Raises:
-        CheckpointError: unreadable, or a tensor's dtype is not one of adapters. Reading a tensor may raise it, too.
+    Attributes:
+        infos: {name: dtype and shape}.
+        metadata: of the header.
     """
-    with opened(path, "safetensors file") as file:
-        header, start = _parsed_header(path, file)
-        header.pop("__metadata__", None)
+
+    def __init__(self, path: Path):
+        """Raises CheckpointError: unreadable."""
+        self._path, self._file = path, opened(path, "safetensors file")
+        try:
+            header, self._start = _parsed_header(path, self._file)
+        except BaseException:
+            self._file.close()
+            raise
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.infos = {name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def tensors(self) -> dict[str, Lazy]:
+        """Every tensor, each read when it is asked for (`disk.lazy`), while the file is open.
+
+        Raises:
+            CheckpointError: a tensor's dtype is not one of adapters. Reading a tensor may raise it, too.
+        """
         wrong = [
-            f"{name}: dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}"
-            for name, entry in header.items()
-            if entry["dtype"] not in DTYPES
+            f"{name}: dtype {info.dtype}, expected one of {', '.join(NUMPY)}"
+            for name, info in self.infos.items()
+            if info.dtype not in NUMPY
         ]
         if wrong:
-            raise CheckpointError(f"unsupported tensors in {path}", wrong)
-        yield {
-            name: _on_disk(
-                file, start + entry["data_offsets"][0], np.dtype(_NUMPY_NAMES[entry["dtype"]]), tuple(entry["shape"])
-            )
-            for name, entry in header.items()
+            raise CheckpointError(f"unsupported tensors in {self._path}", wrong)
+        return {
+            name: _on_disk(self._file, self._start + self._offsets[name], np.dtype(NUMPY[info.dtype]), info.shape)
+            for name, info in self.infos.items()
         }
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """({name: dtype and shape}, metadata) without reading any tensor."""
+    with TensorFile(path) as file:
+        return file.infos, file.metadata
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Every tensor of a safetensors file; only floating-point dtypes of adapters are accepted."""
-    with open_tensors(path) as tensors:
-        return {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    with TensorFile(path) as file:
+        return {name: np.asarray(tensor) for name, tensor in file.tensors().items()}
 
 
 def opened(path: Path, what: str) -> BinaryIO:
@@ -129,7 +144,7 @@ def _parsed_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
         raise CheckpointError("unreadable safetensors file", [f"{path}: {error}"]) from error
 
 
-def _on_disk(file: BinaryIO, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _on_disk(file: BinaryIO, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> Lazy:
     """A tensor whose bytes begin at `start`."""
 
     def read() -> np.ndarray:
@@ -145,11 +160,11 @@ def _on_disk(file: BinaryIO, start: int, dtype: np.dtype, shape: tuple[int, ...]
         return data.view(dtype).reshape(shape)
 
     each = math.prod(shape[1:]) * dtype.itemsize
-    return lazy.lazy_tensor(dtype, shape, read, lambda i: _on_disk(file, start + i * each, dtype, shape[1:]))
+    return Lazy(dtype, shape, read, lambda i: _on_disk(file, start + i * each, dtype, shape[1:]))
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], state: xxh3_128 | None = None
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], state: xxh3_128 | None = None
 ) -> None:
     """Writes a safetensors file: the same bytes for the same content, one tensor in memory at a time.
 
@@ -159,17 +174,25 @@ def write_tensors(
     Args:
         state: a digest's state before the tensors (`disk.digest`); the finished digest goes into the metadata.
     """
+    write_in_order(path, dict(sorted(tensors.items())), metadata, state)
+
+
+def write_in_order(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], state: xxh3_128 | None = None
+) -> None:
+    """`write_tensors` in the order given, but wider dtypes first, so that values stay aligned."""
     entries: dict[str, Any] = {}
     end = 0
-    for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n)):
+    for name in sorted(tensors, key=lambda n: -tensors[n].itemsize):
         tensor, start = tensors[name], end
         end += tensor.nbytes
-        entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": STORED[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
     state = state.copy() if state is not None else None
     start = len(_header(entries, metadata, state))
     with path.open("wb") as file:
-        for name in sorted(tensors):  # the digest's order
-            data = lazy.raw(tensors[name])
+        for name, tensor in tensors.items():  # the digest's order, where there is one
+            data = lazy.raw(tensor)
+            assert len(data) == tensor.nbytes, name
             file.seek(start + entries[name]["data_offsets"][0])
             file.write(data)
             if state is not None:

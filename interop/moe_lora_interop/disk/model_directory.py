@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs to return it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_lora_interop.disk import files
+from moe_lora_interop.disk.dtypes import NUMPY
 from moe_lora_interop.disk.files import TensorInfo, read_header, read_json
 from moe_lora_interop.errors import CheckpointError
 
@@ -115,9 +115,9 @@ class BaseModel(WeightFiles):
         super().__init__(files.existing_directory(directory))
         try:
             self.config: dict[str, Any] = files.read_json(self.directory / "config.json")
-            wrong = [f"{n}: dtype {i.dtype}" for n, i in self.infos.items() if i.dtype not in files.DTYPES]
+            wrong = [f"{n}: dtype {i.dtype}" for n, i in self.infos.items() if i.dtype not in NUMPY]
             if wrong:
-                raise CheckpointError(f"{self.directory} cannot be read: expected {', '.join(files.DTYPES)}", wrong)
+                raise CheckpointError(f"{self.directory} cannot be read: expected {', '.join(NUMPY)}", wrong)
         except BaseException:
             self.close()
             raise

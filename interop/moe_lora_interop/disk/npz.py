@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_lora_interop.disk import files, limits
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError
 
 
@@ -32,7 +33,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_npz(path: Path, arrays: Mapping[str, Tensor]) -> None:
     """As numpy.savez, which takes some names for its own arguments; one array in memory at a time."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_lora_interop.disk import files, limits
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError
 
 
@@ -52,7 +53,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return {name: _to_numpy(torch, tensor) for name, tensor in loaded.items()}
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a state dict with torch.save.
 
     Raises:
@@ -88,7 +89,7 @@ def _to_numpy(torch, tensor) -> np.ndarray:  # noqa: ANN001
     return tensor.numpy()
 
 
-def _to_torch(torch, array: np.ndarray):  # noqa: ANN001, ANN202
+def _to_torch(torch, array: Tensor):  # noqa: ANN001, ANN202
     copy = np.array(array)  # torch.save must own the memory, and memory-mapped arrays are read-only
     if copy.dtype.name == "bfloat16":
         return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)

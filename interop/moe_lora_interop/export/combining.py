@@ -9,6 +9,7 @@ import numpy as np
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.checkpoint.prototypes import prototypes
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.export.plain_lora import Factors, read_plain_lora
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
@@ -66,7 +67,7 @@ def combine(
         ]
     if not allow_different_bases:
         problems += _base_problems(adapters)
-    of_base: dict[str, np.ndarray] = {}
+    of_base: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
         problems += [f"{name}: {problem}" for problem in _unequal(adapter.base_tensors, of_base)]
         of_base = {**adapter.base_tensors, **of_base}
@@ -88,7 +89,7 @@ def combine(
         a, b = _stacked(factors[module])
         tensors[module, "lora_A"], tensors[module, "lora_B"] = a, b
         tensors[module, "router"] = make_rows(a, b)
-    return Adapter(config, tensors, of_base)
+    return Adapter(config, tensors, base_tensors=of_base)
 
 
 def _read_all(directories: Sequence[str | os.PathLike[str]], on_progress: OnProgress) -> dict[str, Adapter]:
@@ -105,9 +106,9 @@ def _read_all(directories: Sequence[str | os.PathLike[str]], on_progress: OnProg
 
 
 def _size_problems(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> list[str]:
-    problems = []
+    features, problems = {name: a.features for name, a in adapters.items()}, []
     for module in modules:
-        sizes = {name: _in_out(a, module) for name, a in adapters.items() if module in a.modules}
+        sizes = {name: a[module] for name, a in features.items() if module in a}
         first, expected = next(iter(sizes.items()))
         problems += [
             f"{name}: {module} has in, out = {found}, {first} has {expected}"
@@ -115,10 +116,6 @@ def _size_problems(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> l
             if found != expected
         ]
     return problems
-
-
-def _in_out(adapter: Adapter, module: str) -> tuple[int, int]:
-    return adapter.tensors[module, "lora_A"].shape[-1], adapter.tensors[module, "lora_B"].shape[1]
 
 
 def _base_problems(adapters: Mapping[str, Adapter]) -> list[str]:
@@ -129,7 +126,7 @@ def _base_problems(adapters: Mapping[str, Adapter]) -> list[str]:
     return [f"{name}: base model {base!r}; the adapters must be for the same one" for name, base in bases.items()]
 
 
-def _unequal(found: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> list[str]:
+def _unequal(found: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
     both = [name for name in found if name in others]
     return [
         f"{name}: other values than in the adapters before, whose base model was another"
@@ -142,14 +139,15 @@ def _factors(adapter: Adapter, module: str, use_rslora: bool, others: Mapping[st
     """One expert's A, B and alpha, where s = alpha / r (or alpha / sqrt(r) with `use_rslora`)."""
     if module not in adapter.modules:
         like = next(a for a in others.values() if module in a.modules)
-        n_in, n_out = _in_out(like, module)
+        n_in, n_out = like.features[module]
         dtype = like.tensors[module, "lora_A"].dtype
         return Factors(np.zeros((1, n_in), dtype), np.zeros((n_out, 1), dtype), 1.0)
     sizes: ModuleConfig = adapter.config.for_module(module)
     alpha = sizes.alphas[0]
     if sizes.use_rslora and not use_rslora:
         alpha *= sizes.rank**0.5
-    return Factors(adapter.tensors[module, "lora_A"][0], adapter.tensors[module, "lora_B"][0], alpha)
+    a, b = (np.asarray(adapter.tensors[module, role][0]) for role in ("lora_A", "lora_B"))
+    return Factors(a, b, alpha)
 
 
 def _config(adapters: Sequence[Adapter], factors: Mapping[str, Sequence[Factors]]) -> MoeLoraConfig:

@@ -2,6 +2,8 @@
 
 import os
 
+import numpy as np
+
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.disk.atomic import require_empty, write_text
 from moe_lora_interop.errors import CheckpointError
@@ -21,8 +23,8 @@ def expert_lora(adapter: Adapter, expert: int) -> Adapter:
         if index >= sizes.num_experts:
             continue
         rank = sizes.ranks[index]
-        a = adapter.tensors[module, "lora_A"][0 if sizes.shared_lora_A else index, :rank]
-        b = adapter.tensors[module, "lora_B"][index, :, :rank]
+        a = np.asarray(adapter.tensors[module, "lora_A"][0 if sizes.shared_lora_A else index, :rank])
+        b = np.asarray(adapter.tensors[module, "lora_B"][index, :, :rank])
         factors[module] = Factors(a, b, sizes.alphas[index])
     return plain_lora(factors, adapter.config, use_rslora=adapter.config.use_rslora)
 
@@ -30,10 +32,9 @@ def expert_lora(adapter: Adapter, expert: int) -> Adapter:
 def expert_notes(adapter: Adapter) -> list[str]:
     """What the directories do not say of the mixture, one line each."""
     config = adapter.config
-    sizes = config.for_modules(adapter.modules)
-    counts = {m: s.num_experts for m, s in sizes.items() if s.has_router}
+    counts = {m: s.num_experts for m, s in config.for_modules(adapter.routed).items()}
     notes = ["The router is lost: each directory is one expert alone, as if it were always chosen with weight 1."]
-    if plain := [m for m, s in sizes.items() if not s.has_router]:
+    if plain := [m for m in adapter.modules if m not in counts]:
         notes.append(f"Plain LoRA on {len(plain)} modules (e.g. {plain[0]}) has no router; it is in every directory.")
     if len(set(counts.values())) > 1:
         notes.append(

@@ -43,7 +43,7 @@ def fixed_gates_lora(adapter: Adapter, gates: Gates, *, on_progress: OnProgress 
     factors = {}
     for module in tracked(adapter.modules, on_progress):
         sizes = adapter.config.for_module(module)
-        a, b = (adapter.tensors[module, role].astype(np.float64) for role in ("lora_A", "lora_B"))
+        a, b = (np.asarray(adapter.tensors[module, role], np.float64) for role in ("lora_A", "lora_B"))
         a = np.broadcast_to(a, (sizes.num_experts, *a.shape[1:]))
         own = gates[module] if sizes.has_router else np.ones((adapter.config.n_splits, 1))
         mix = _mixed_weights if adapter.config.mix == "weights" else _concatenated

@@ -17,15 +17,10 @@ Gates = dict[str, np.ndarray]
 """{routed module: [split, expert]}, as the experts are weighted: routed_scaling_factor included."""
 
 
-def routed_modules(adapter: Adapter) -> list[str]:
-    """The modules that have a router or are served by one."""
-    return adapter.config.routed(adapter.modules)
-
-
 def uniform_gates(adapter: Adapter) -> Gates:
     """1 / E for every expert, times routed_scaling_factor."""
     config = adapter.config
-    sizes = {m: (config.n_splits, of.num_experts) for m, of in config.for_modules(routed_modules(adapter)).items()}
+    sizes = {m: (config.n_splits, of.num_experts) for m, of in config.for_modules(adapter.routed).items()}
     return {m: np.full(size, config.routed_scaling_factor / size[1]) for m, size in sizes.items()}
 
 
@@ -47,12 +42,12 @@ def gates_from_file(adapter: Adapter, path: str | os.PathLike[str]) -> Gates:
 
 
 def gates_of(adapter: Adapter, data: Any) -> Gates:
-    """The same from what the file says."""
+    """The same from the content of such a file."""
     if isinstance(data, list):
         data = {"model": data}
     if not isinstance(data, Mapping):
         raise ConfigError("invalid gates", [f"found {type(data).__name__}, expected a list or an object"])
-    routed, problems, gates, used = routed_modules(adapter), [], {}, set()
+    routed, problems, gates, used = adapter.routed, [], {}, set()
     for module in routed:
         key = next((k for k in (module, block_of(module), "model") if k in data), None)
         if key is None:

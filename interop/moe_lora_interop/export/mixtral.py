@@ -2,11 +2,10 @@
 
 import itertools
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,18 @@ import numpy as np
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.config.modules import block_of
 from moe_lora_interop.disk.atomic import replace_files, require_empty
-from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.disk.dtypes import NUMPY, STORED
+from moe_lora_interop.disk.files import TensorInfo, write_in_order
+from moe_lora_interop.disk.lazy import Lazy
 from moe_lora_interop.disk.model_directory import BaseModel
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.export.mixtral_checks import INERT, PROJECTIONS, adapter_problems, base_problems, fit_problems
 from moe_lora_interop.export.readme import readme
 from moe_lora_interop.progress import OnProgress, no_progress
 
-ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
+Plan = dict[str, Lazy]
+"""{name: tensor to be written}: its dtype and shape are known now, its values are made when it is its turn."""
 
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to write: its name, dtype and shape are known; `make` computes its values when it is written."""
-
-    name: str
-    info: TensorInfo
-    make: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.info.shape) * ITEMSIZE[self.info.dtype]
-
-
-NUMPY = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-STORED = {name: stored for stored, name in NUMPY.items()}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # The base's config fields that Mixtral has too, with what Llama and Mistral take where the file does not say.
 _SHARED: dict[str, Any] = {
@@ -104,7 +90,7 @@ def export_mixtral(
             problems += fit_problems(adapter, model)
         if problems:
             raise CheckpointError("this mixture cannot be written as a Mixtral", problems)
-        plan = [_cast(tensor, dtype) for tensor in _plan(adapter, model)]
+        plan = {name: _cast(tensor, dtype) for name, tensor in _plan(adapter, model)}
         config = _config(adapter, model, plan)
         notes = _notes(adapter, plan)
         text = readme("Mixtral from a mixture of LoRA experts", _WHAT, notes, adapter.config, is_model=True)
@@ -119,8 +105,8 @@ def export_mixtral(
 _WHAT = "A standalone model: every expert's feed-forward block is merged with its base weights, the router is kept."
 
 
-def _notes(adapter: Adapter, plan: list[Planned]) -> list[str]:
-    dtypes = sorted({NUMPY[t.info.dtype] for t in plan})
+def _notes(adapter: Adapter, plan: Plan) -> list[str]:
+    dtypes = sorted({t.dtype.name for t in plan.values()})
     notes = [
         "Nothing of the mixture is lost, but the experts are no longer low-rank: the model is several times larger."
     ]
@@ -131,9 +117,9 @@ def _notes(adapter: Adapter, plan: list[Planned]) -> list[str]:
     return notes
 
 
-def _plan(adapter: Adapter, base: BaseModel) -> Iterator[Planned]:
+def _plan(adapter: Adapter, base: BaseModel) -> Iterator[tuple[str, Lazy]]:
     """Every tensor of the Mixtral, layer by layer, in the order of the base's names."""
-    routed = {block_of(m): m for m in adapter.config.routed(adapter.modules)}
+    routed = {block_of(m): m for m in adapter.routed}
     experts = adapter.config.for_module(next(iter(routed.values()))).num_experts
     for name in sorted(base.infos, key=_order):
         if INERT.fullmatch(name) or (name == _HEAD and base.config.get("tie_word_embeddings")):
@@ -141,17 +127,21 @@ def _plan(adapter: Adapter, base: BaseModel) -> Iterator[Planned]:
         module = name.removesuffix(".weight")
         block, _, projection = module.rpartition(".")
         if block not in routed:
-            yield Planned(name, base.infos[name], partial(_merged, adapter, base, module, 0))
+            yield name, _planned(base.infos[name], partial(_merged, adapter, base, module, 0))
             continue
         moe = block.removesuffix("mlp") + "block_sparse_moe"
         for expert in range(experts):
             key = f"{moe}.experts.{expert}.{PROJECTIONS[projection]}.weight"
-            yield Planned(key, base.infos[name], partial(_merged, adapter, base, module, expert))
+            yield key, _planned(base.infos[name], partial(_merged, adapter, base, module, expert))
         if projection == "gate_proj":
             info = TensorInfo(base.infos[name].dtype, (experts, base.infos[name].shape[1]))
-            yield Planned(f"{moe}.gate.weight", info, partial(_router, adapter, block))
+            yield f"{moe}.gate.weight", _planned(info, partial(_router, adapter, block))
     if base.config.get("tie_word_embeddings"):  # an untied copy, which every reader of Mixtral understands
-        yield Planned(_HEAD, base.infos[_EMBEDDING], partial(base.read, _EMBEDDING))
+        yield _HEAD, _planned(base.infos[_EMBEDDING], partial(base.read, _EMBEDDING))
+
+
+def _planned(info: TensorInfo, make: Callable[[], np.ndarray]) -> Lazy:
+    return Lazy(np.dtype(NUMPY[info.dtype]), info.shape, make)
 
 
 def _order(name: str) -> list[tuple[int, str]]:
@@ -165,39 +155,39 @@ def _merged(adapter: Adapter, base: BaseModel, module: str, expert: int) -> np.n
         return weight
     sizes = adapter.config.for_module(module)
     index = expert if sizes.has_router else 0
-    a = adapter.tensors[module, "lora_A"][0 if sizes.shared_lora_A else index].astype(np.float32)
-    b = adapter.tensors[module, "lora_B"][index].astype(np.float32)
+    a = np.asarray(adapter.tensors[module, "lora_A"][0 if sizes.shared_lora_A else index], np.float32)
+    b = np.asarray(adapter.tensors[module, "lora_B"][index], np.float32)
     return weight.astype(np.float32) + np.float32(sizes.scalings[index]) * (b @ a)
 
 
 def _router(adapter: Adapter, block: str) -> np.ndarray:
-    rows = adapter.tensors[block, "router"].astype(np.float32)
-    return rows / np.float32(adapter.config.router_temperature)
+    return np.asarray(adapter.tensors[block, "router"], np.float32) / np.float32(adapter.config.router_temperature)
 
 
-def _counted(plan: list[Planned], on_progress: OnProgress) -> list[Planned]:
+def _counted(plan: Plan, on_progress: OnProgress) -> Plan:
     """The same plan; each tensor reports when it is made."""
     done = itertools.count(1)
 
-    def made(tensor: Planned) -> np.ndarray:
-        array = tensor.make()
+    def made(tensor: Lazy) -> np.ndarray:
+        array = tensor.read()
         on_progress(next(done), len(plan))
         return array
 
-    return [replace(tensor, make=partial(made, tensor)) for tensor in plan]
+    return {name: replace(tensor, read=partial(made, tensor)) for name, tensor in plan.items()}
 
 
-def _cast(tensor: Planned, dtype: str | None) -> Planned:
-    info = TensorInfo(STORED[dtype] if dtype else tensor.info.dtype, tensor.info.shape)
-    return Planned(tensor.name, info, lambda: tensor.make().astype(NUMPY[info.dtype]))
+def _cast(tensor: Lazy, dtype: str | None) -> Lazy:
+    """In the dtype given, or in its own: a sum is made in float32."""
+    to = np.dtype(dtype) if dtype else tensor.dtype
+    return Lazy(to, tensor.shape, lambda: tensor.read().astype(to))
 
 
-def _config(adapter: Adapter, base: BaseModel, plan: list[Planned]) -> dict[str, Any]:
-    stated, routed = base.config, adapter.config.routed(adapter.modules)[0]
+def _config(adapter: Adapter, base: BaseModel, plan: Plan) -> dict[str, Any]:
+    stated, routed = base.config, adapter.routed[0]
     is_mistral = stated["architectures"] == ["MistralForCausalLM"]
     defaults = _SHARED | (_MISTRAL if is_mistral else {})
     sizes = adapter.config.for_module(routed)
-    dtypes = {NUMPY[t.info.dtype] for t in plan}
+    dtypes = {t.dtype.name for t in plan.values()}
     fields = {name: stated.get(name, default) for name, default in defaults.items()}
     # transformers 5 calls it rope_parameters, with rope_theta inside; the older spelling is read by everyone
     rope = {**(stated.get("rope_scaling") or stated.get("rope_parameters") or {})}
@@ -222,38 +212,23 @@ def _config(adapter: Adapter, base: BaseModel, plan: list[Planned]) -> dict[str,
     }
 
 
-def shard_writers(plan: Sequence[Planned], max_bytes: int) -> dict[str, Callable[[Path], None]]:
+def shard_writers(plan: Plan, max_bytes: int) -> dict[str, Callable[[Path], None]]:
     """{file name: function that writes it}: one file, or shards of at most `max_bytes` (or one tensor) and an index."""
-    shards: list[list[Planned]] = [[]]
-    for tensor in plan:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
+    shards: list[Plan] = [{}]
+    for name, tensor in plan.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
     if len(shards) == 1:
-        return {"model.safetensors": _writer(shards[0])}
+        return {"model.safetensors": _writer(plan)}
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-    index = {"metadata": {"total_size": sum(t.nbytes for t in plan)}, "weight_map": dict(sorted(weight_map.items()))}
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    total = sum(t.nbytes for t in plan.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     text = json.dumps(index, indent=2) + "\n"
     writers = {name: _writer(shard) for name, shard in zip(names, shards, strict=True)}
     return {**writers, "model.safetensors.index.json": lambda path: path.write_text(text, "utf-8")}
 
 
-def _writer(tensors: Sequence[Planned]) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        ordered = sorted(tensors, key=lambda t: -ITEMSIZE[t.info.dtype])  # values stay aligned
-        for tensor in ordered:
-            start, end = end, end + tensor.nbytes
-            header[tensor.name] = {"dtype": tensor.info.dtype, "shape": tensor.info.shape, "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in ordered:
-                array = tensor.make()
-                assert (array.shape, array.nbytes) == (tensor.info.shape, tensor.nbytes), tensor.name
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-    return write
+def _writer(shard: Plan) -> Callable[[Path], None]:
+    return lambda path: write_in_order(path, shard, {"format": "pt"})

@@ -63,7 +63,7 @@ def base_names(layers: int) -> set[str]:
 def adapter_problems(adapter: Adapter) -> list[str]:
     """Why this mixture's routing is not that of Mixtral, whatever the base."""
     c = adapter.config
-    top_ks = {sizes.top_k for sizes in c.for_modules(adapter.modules).values() if sizes.has_router}
+    top_ks = {sizes.top_k for sizes in c.for_modules(adapter.routed).values()}
     dense = top_ks <= {None}
     reasons = (
         (c.scope != "ffn", f"scope: found {c.scope}, expected ffn: Mixtral mixes whole feed-forward blocks"),
@@ -81,7 +81,8 @@ def fit_problems(adapter: Adapter, base: BaseModel) -> Iterator[str]:
     """Why the mixture's modules are not those of a Mixtral made from this base."""
     layers = base.config["num_hidden_layers"]
     sizes = adapter.config.for_modules(adapter.modules)
-    routed = {m: s for m, s in sizes.items() if s.has_router}
+    routed = {m: sizes[m] for m in adapter.routed}
+    features = adapter.features
     yield from _varying("num_experts", {block_of(m): s.num_experts for m, s in routed.items()})
     yield from _varying("top_k", {block_of(m): s.top_k for m, s in routed.items()})
     blocks = {f"model.layers.{n}.mlp" for n in range(layers)}
@@ -89,7 +90,7 @@ def fit_problems(adapter: Adapter, base: BaseModel) -> Iterator[str]:
     yield from (f"{block}: has no mixture, and in Mixtral every layer has one" for block in missing)
     for module, of_module in sizes.items():
         name, info = module.rpartition(".")[2], base.infos.get(f"{module}.weight")
-        shape = (adapter.tensors[module, "lora_B"].shape[1], adapter.tensors[module, "lora_A"].shape[-1])
+        shape = features[module][::-1]
         if info is None:
             yield f"{module}: the base model has no such layer"
         elif info.shape != shape:

@@ -66,15 +66,14 @@ def task_gates(adapter: Adapter, task_ids: Sequence[int]) -> dict[str, np.ndarra
     ]
     if wrong or not task_ids:
         raise ConfigError("no gates for a task", wrong or ["task: found no id, expected at least one"])
-    routed = config.routed(adapter.modules)
     if config.scope == "model":
         logits = _mlp(adapter, _row(adapter, "", task_ids))
-        return {m: _gates_of(adapter, m, logits) for m in routed}
-    return {m: _gates_of(adapter, m, _row(adapter, m, task_ids)) for m in routed}
+        return {m: _gates_of(adapter, m, logits) for m in adapter.routed}
+    return {m: _gates_of(adapter, m, _row(adapter, m, task_ids)) for m in adapter.routed}
 
 
 def _row(adapter: Adapter, owner: str, task_ids: Sequence[int]) -> np.ndarray:
-    table = adapter.tensors[owner, "task_embedding"].astype(np.float64)
+    table = np.asarray(adapter.tensors[owner, "task_embedding"], np.float64)
     if len(task_ids) == 1:
         return table[task_ids[0]]
     given = [i for i in task_ids if i > 0]
@@ -84,9 +83,9 @@ def _row(adapter: Adapter, owner: str, task_ids: Sequence[int]) -> np.ndarray:
 def _mlp(adapter: Adapter, x: np.ndarray) -> np.ndarray:
     for j in range(adapter.config.router_depth):
         x = np.maximum(x, 0.0) if j else x
-        x = adapter.tensors["", f"router_{j}"].astype(np.float64) @ x
+        x = np.asarray(adapter.tensors["", f"router_{j}"], np.float64) @ x
         if adapter.config.router_bias:
-            x = x + adapter.tensors["", f"router_bias_{j}"].astype(np.float64)
+            x = x + np.asarray(adapter.tensors["", f"router_bias_{j}"], np.float64)
     return x
 
 

@@ -63,7 +63,7 @@ class MoeLoraConfig(_Fields):  # type: ignore[misc, valid-type]
         directory = Path(save_directory)
         weights = directory / WEIGHTS_NAME
         infos = read_header(weights)[0] if weights.exists() else {}
-        describe(directory, self.neutral, {name: (info.dtype, info.shape) for name, info in infos.items()})
+        describe(directory, self.neutral, infos)
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

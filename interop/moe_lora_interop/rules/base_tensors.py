@@ -5,11 +5,10 @@ other values or shapes are trained or resized rows, which only PyTorch can use.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 
-import numpy as np
-
-from moe_lora_interop.rules.tensors import Rule, claim
+from moe_lora_interop.disk.lazy import Tensor
+from moe_lora_interop.rules.tensors import ByRule, Rule
 
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out")  # transformers' names
@@ -25,10 +24,10 @@ def _rules() -> Iterator[Rule]:
 BASE_TENSORS = tuple(_rules())
 
 
-def base_tensors(rules: Sequence[Rule], stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{name below `PREFIX`: tensor} of those among `stored`. "X.base_layer.weight" is called "X.weight" in the base."""
-    found = {key: claim(rules, key, tensor.ndim) for key, tensor in stored.items()}
-    return {key.removeprefix(PREFIX): stored[key] for key, rule in found.items() if rule and rule.copy == "base"}
+def base_tensors(by_rule: ByRule) -> dict[str, Tensor]:
+    """{name below `PREFIX`: tensor} of those that such a rule claimed. "X.base_layer.weight" is "X.weight" there."""
+    found = (tensors for rule, tensors in by_rule.items() if rule.copy == "base")
+    return {key.removeprefix(PREFIX): tensor for tensors in found for key, tensor in tensors.items()}
 
 
 def name_in_base(name: str) -> str:

@@ -1,14 +1,13 @@
-"""Between another project's adapter_config.json and our config, by the fields of its `Dialect`."""
+"""Between a layout's adapter_config.json and our config, by the fields of its `Dialect`."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from moe_lora_interop.config.adapter_config import BOOKKEEPING, MoeLoraConfig
 from moe_lora_interop.config.modules import traversal_order
 from moe_lora_interop.config.patterns import pattern_for
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.rules.codecs import Values
 from moe_lora_interop.rules.dialect import REQUIRED, SET, Dialect, lookup
@@ -23,21 +22,24 @@ _TARGETS = {"exclude_modules", "layers_to_transform", "layers_pattern"}
 
 
 def config_of(
-    dialect: Dialect, raw: Mapping[str, Any], tensors: Mapping[tuple[str, str], np.ndarray], options: Mapping[str, Any]
+    dialect: Dialect, raw: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor], options: Mapping[str, Any]
 ) -> MoeLoraConfig:
-    """Our config for a foreign one.
+    """Our config for a layout's.
 
     Args:
         raw: their config, parsed.
-        tensors: canonical; where the layout leaves numbers to the tensors.
+        tensors: canonical; only their names and shapes count, where the layout leaves numbers to them.
         options: what the caller gave for `dialect.options`.
 
     Raises:
         ConfigError: fields that are missing, not understood or contradictory, and options that are missing; all listed.
     """
+    problems = _option_problems(dialect, options)
+    if dialect.own_config:
+        return _own_config(raw, problems)
     modules = sorted({module for module, role in tensors if role == "lora_B"})
     ours: Values = {**dialect.fixed}
-    problems = [*_unknown_fields(dialect, raw), *_option_problems(dialect, options)]
+    problems = [*_unknown_fields(dialect, raw), *problems]
     if dialect.experts_from_tensors:
         _count_experts(tensors, modules, ours)
     problems += [
@@ -69,13 +71,15 @@ def config_of(
 
 
 def raw_of(
-    dialect: Dialect, config: MoeLoraConfig, tensors: Mapping[tuple[str, str], np.ndarray], modules: list[str]
+    dialect: Dialect, config: MoeLoraConfig, tensors: Mapping[tuple[str, str], Tensor], modules: list[str]
 ) -> dict[str, Any]:
     """Their config for ours: `config_of` read from the other side.
 
     Raises:
         ConfigError: the layout cannot express a value.
     """
+    if dialect.own_config:
+        return config.to_dict()
     raw: dict[str, Any] = {}
     for name, allowed in dialect.const.items():
         _put(raw, name, allowed[0])
@@ -97,6 +101,21 @@ def raw_of(
     return raw
 
 
+def _own_config(raw: Mapping[str, Any], problems: list[str]) -> MoeLoraConfig:
+    try:
+        config = MoeLoraConfig.from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(error.what, [*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError("invalid options", problems)
+    return config
+
+
+def recorded_fields(dialect: Dialect) -> set[str]:
+    """The fields of our config that the layout's config says."""
+    return set(_DEFAULTS) if dialect.own_config else {field.ours for field in dialect.fields}
+
+
 def options_of(dialect: Dialect, config: MoeLoraConfig, modules: list[str]) -> dict[str, Any]:
     """The options with which reading the written directory gives this config again."""
     found = {o.name: o.codec.theirs(o.name, config, modules) for o in dialect.options if o.name in _DEFAULTS}
@@ -106,7 +125,9 @@ def options_of(dialect: Dialect, config: MoeLoraConfig, modules: list[str]) -> d
 
 def differences(config: MoeLoraConfig, other: MoeLoraConfig, modules: list[str]) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs compute different functions on `modules`: {field: (value, other value)}."""
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
+    if config == other:
+        return found
     for name in _DEFAULTS.keys() - _UNWRITTEN - _PATTERNS - _TARGETS:
         if getattr(config, name) != getattr(other, name):
             found[name] = (getattr(config, name), getattr(other, name))
@@ -120,7 +141,7 @@ def differences(config: MoeLoraConfig, other: MoeLoraConfig, modules: list[str])
     return dict(sorted(found.items()))
 
 
-def _count_experts(tensors: Mapping[tuple[str, str], np.ndarray], modules: list[str], ours: Values) -> None:
+def _count_experts(tensors: Mapping[tuple[str, str], Tensor], modules: list[str], ours: Values) -> None:
     """E of a module is its router's rows; with a router for the model, that router's."""
     model = [t.shape[0] for (module, role), t in tensors.items() if module == "" and role == "router_0"]
     if model:

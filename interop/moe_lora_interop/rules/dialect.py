@@ -90,7 +90,9 @@ class Dialect:
         source: where the layout comes from: repo@commit, or the package and its version.
         rules: what every tensor is.
         needs: roles without which a directory is not in this layout (for detection).
-        fields: config fields in both vocabularies; empty for the native layout, whose config is ours.
+        fields: config fields in both vocabularies.
+        own_config: whether the config is ours as it stands; `fields` is then empty, and its peft_type means this layout
+            only: what does not fit is wrong, not of another layout.
         fixed: our values that the layout implies.
         const: their fields that may have only the values listed (the first is written); SET allows any.
         cases: rows of (their values, ours) that hold together; exactly one row must fit.
@@ -103,6 +105,9 @@ class Dialect:
         folders: where the experts are, if not in the same file.
         stride: (their field, stride if it is zero or absent, stride otherwise) for `{j*stride}` in a key.
         config_file: whether there is an adapter_config.json.
+        metadata: what a save writes into the header of .safetensors.
+        signed: whether it adds a digest of config and tensors, which is checked where there is one.
+        card: whether it adds a README.md that says what the adapter is and how to load it.
         notes: what the layout cannot express, in a sentence.
         hint: what is probably wrong where tensors are missing.
     """
@@ -112,6 +117,7 @@ class Dialect:
     rules: tuple[Rule, ...]
     needs: frozenset[str] = frozenset({"lora_A", "lora_B", "router"})
     fields: tuple[Field, ...] = ()
+    own_config: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     const: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     cases: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()
@@ -124,6 +130,9 @@ class Dialect:
     folders: Folders | None = None
     stride: tuple[str, int, int] | None = None
     config_file: bool = True
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    signed: bool = False
+    card: bool = False
     notes: str = ""
     hint: str = ""
 

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from moe_lora_interop.disk import lazy, limits
+from moe_lora_interop.disk.lazy import Tensor
 
 # Canonical axes of every role. `rank` is the rank of ONE expert; experts of smaller rank are zero-padded.
 ROLES = {
@@ -43,8 +44,7 @@ def axes_of(role: str) -> str:
     return ROLES[re.sub(r"_\d+$", "_{j}", role)]
 
 
-# here and below an array may be a `moe_lora_interop.disk.lazy.Lazy`, which can do what the rules need
-Canonical = dict[tuple[str, str], np.ndarray]
+Canonical = dict[tuple[str, str], Tensor]
 Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
 """Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
 
@@ -156,33 +156,61 @@ def claim(rules: Iterable[Rule], key: str, ndim: int) -> Rule | None:
     return min(matches)[3] if matches else None
 
 
-def decode(rules: Sequence[Rule], stored: Mapping[str, np.ndarray], sizes: Sizes) -> tuple[Canonical, list[str]]:
+def decode(rules: Sequence[Rule], stored: Mapping[str, Tensor], sizes: Sizes) -> tuple[Canonical, list[str]]:
     """Stored tensors -> ({(module, role): canonical tensor}, problems). Values are moved, never changed."""
-    by_rule: dict[Rule, dict[str, np.ndarray]] = {}
+    by_rule, problems = claimed(rules, stored)
+    canonical, copies = moved(by_rule, sizes, problems)
+    return canonical, [*problems, *differing(copies)]
+
+
+ByRule = dict[Rule, dict[str, Tensor]]
+Copies = list[tuple[str, Tensor, Tensor]]
+"""(what it is, the tensor, its duplicate)."""
+
+
+def claimed(rules: Sequence[Rule], stored: Mapping[str, Tensor]) -> tuple[ByRule, list[str]]:
+    """The first third of `decode`: which rule each tensor follows, and the tensors that follow none."""
+    by_rule: ByRule = {}
     problems = []
     for key, tensor in stored.items():
         rule = claim(rules, key, tensor.ndim)
         if rule is None:
             problems.append(f"{key} {list(tensor.shape)}: unexpected tensor, no rule of this layout describes it")
-        elif rule.copy in ("", "same"):
+        elif rule.copy != "dead":
             by_rule.setdefault(rule, {})[key] = tensor
+    return by_rule, problems
+
+
+def moved(by_rule: ByRule, sizes: Sizes, problems: list[str]) -> tuple[Canonical, Copies]:
+    """The second: tensors in canonical axes, and the duplicates among them. It reads no tensor that is in a file."""
     canonical: Canonical = {}
-    for rule, tensors in sorted(by_rule.items(), key=lambda item: item[0].copy):  # "" before "same"
+    copies: Copies = []
+    own = {rule: tensors for rule, tensors in by_rule.items() if rule.copy != "base"}
+    for rule, tensors in sorted(own.items(), key=lambda item: item[0].copy):  # "" before "same"
         for name, tensor in move(tensors, rule.stored, rule.canonical, sizes, problems):
             module, role = name.rsplit("|", 1)
             first = canonical.setdefault((module, role), tensor)
             if rule.copy == "" and first is not tensor:
                 problems.append(f"{module} {role}: stored twice, under different names")
-            elif rule.copy == "same" and (first.shape != tensor.shape or first.tobytes() != tensor.tobytes()):
-                problems.append(f"{rule.key} of {module}: differs from the tensor that it duplicates")
-    return canonical, problems
+            elif rule.copy == "same":
+                copies.append((f"{rule.key} of {module}", first, tensor))
+    return canonical, copies
+
+
+def differing(copies: Copies) -> list[str]:
+    """The third: duplicates that are none, which takes reading both."""
+    return [
+        f"{label}: differs from the tensor that it duplicates"
+        for label, first, copy in copies
+        if first is not copy and (first.shape != copy.shape or first.tobytes() != copy.tobytes())
+    ]
 
 
 def encode(
-    rules: Sequence[Rule], canonical: Mapping[tuple[str, str], np.ndarray], sizes: Sizes, *, duplicates: bool = False
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    rules: Sequence[Rule], canonical: Mapping[tuple[str, str], Tensor], sizes: Sizes, *, duplicates: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
     """Canonical tensors -> (stored tensors, problems): `decode` read from the other side."""
-    by_rule: dict[Rule, dict[str, np.ndarray]] = {}
+    by_rule: ByRule = {}
     problems = []
     for (module, role), tensor in canonical.items():
         name = f"{module}|{role}"
@@ -195,15 +223,15 @@ def encode(
             problems.append(f"{name.replace('|', ' ').strip()}: this layout has no place for it")
         for rule in chosen:
             by_rule.setdefault(rule, {})[name] = tensor
-    stored: dict[str, np.ndarray] = {}
+    stored: dict[str, Tensor] = {}
     for rule, tensors in by_rule.items():
         stored.update(move(tensors, rule.canonical, rule.stored, sizes, problems))
     return stored, problems
 
 
 def move(
-    tensors: Mapping[str, np.ndarray], source: Side, target: Side, sizes: Sizes, problems: list[str]
-) -> Iterator[tuple[str, np.ndarray]]:
+    tensors: Mapping[str, Tensor], source: Side, target: Side, sizes: Sizes, problems: list[str]
+) -> Iterator[tuple[str, Tensor]]:
     """Moves tensors from one side of a rule to the other; problems are appended, the tensors concerned left out."""
     groups: dict[tuple[tuple[str, str], ...], dict[tuple[int, ...], str]] = {}
     stacked = tuple(f for f in source.fields if f in AXES and f not in target.fields)
@@ -225,14 +253,14 @@ class _Misfit(Exception):
 
 
 def _move_group(
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     shared: dict[str, str],
     names: dict[tuple[int, ...], str],
     stacked: tuple[str, ...],
     source: Side,
     target: Side,
     sizes: Sizes,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, Tensor]]:
     canonical = target if "|" in target.name else source
     # where the canonical name has a number and the other side an axis, any number stands for all
     known = sizes(canonical.format({**dict.fromkeys(canonical.fields, 0), **shared}).rsplit("|", 1)[0])
@@ -267,13 +295,13 @@ def _move_group(
 
 
 def _stack(
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     shared: dict[str, str],
     names: dict[tuple[int, ...], str],
     stacked: tuple[str, ...],
     source: Side,
     known: Mapping[str, int | tuple[int, ...]],
-) -> np.ndarray:
+) -> Tensor:
     """Puts the tensors that differ by a number in their name side by side, zero-padding unequal ranks."""
     if not stacked:
         return tensors[names[()]]
@@ -306,7 +334,7 @@ def _stack(
 
 
 def _rank_problems(
-    parts: list[np.ndarray],
+    parts: list[Tensor],
     names: list[str],
     grid: list[tuple[int, ...]],
     stacked: tuple[str, ...],
@@ -348,12 +376,12 @@ def _joined(shape: tuple[int, ...], side: Side) -> tuple[int, ...]:
 
 
 def _cut_rank(
-    array: np.ndarray,
+    array: Tensor,
     name: str,
     side: Side,
     places: Mapping[str, int],
     known: Mapping[str, int | tuple[int, ...]],
-) -> np.ndarray:
+) -> Tensor:
     """Removes the zero padding of an expert that is stored on its own."""
     ranks = known.get("rank")
     if "expert" not in places or "rank" not in side.atoms or not isinstance(ranks, tuple):

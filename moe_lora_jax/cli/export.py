@@ -1,7 +1,5 @@
 """`moe-lora export`: a mixture for programs that know only ordinary LoRA, or only whole models."""
 
-from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,16 +10,14 @@ from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.cli.convert import Layout, Options, Source, Target, parse_options
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.disk.atomic import append_text
-from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.export.experts import export_lora_experts
 from moe_lora_interop.export.fixed_gates import export_lora
 from moe_lora_interop.export.gate_sources import Gates, gates_from_file, gates_of, uniform_gates
 from moe_lora_interop.export.mixtral import export_mixtral
 from moe_lora_interop.export.task_gates import task_gates
 from moe_lora_interop.progress_bar import Bar
-
-GROUP = "moe_lora.measures"
-"""Entry points to functions that need a forward pass: moe_lora_interop has none, and never imports jax."""
+from moe_lora_jax.measure.export_report import export_report, mean_gates
 
 _BELONGS = {"gates": ("lora",), "task": ("lora",), "dtype": ("mixtral",), "data": ("lora", "lora-experts")}
 
@@ -91,31 +87,14 @@ def export(
             bar.stage("writing the experts")
             notes = export_lora_experts(adapter, target, on_progress=bar)
         if data is not None:
+            assert base is not None
             bar.stage("measuring what it costs")
-            report = measure("export_report")(
-                adapter, target, base, data, max_length=max_length, task=task, on_progress=bar
-            )
+            report = export_report(adapter, target, base, data, max_length=max_length, task=task, on_progress=bar)
             append_text(target / "README.md", f"\n## Measured\n\n```\n{report}\n```\n")
     shell.say(f"{target}: exported as {form}")
     for line in (*(f"  - {note}" for note in notes), *str(report or "").splitlines()):
         shell.say(line)
     shell.give({"target": target, "as": form, "notes": notes, "measured": report and report.to_dict()})
-
-
-def measure(name: str) -> Callable[..., Any]:
-    """The measuring function of this name, from whichever package has it.
-
-    Raises:
-        CheckpointError: its package is not installed.
-    """
-    found = [point for point in entry_points(group=GROUP) if point.name == name]
-    try:
-        if not found:
-            raise ModuleNotFoundError(f"no entry point {name} in the group {GROUP}", name="moe_lora_jax")
-        return found[0].load()
-    except ModuleNotFoundError as error:
-        problem = f"needs the package {error.name!r}: pip install 'moe-lora-jax[train]'"
-        raise CheckpointError("cannot run the model", [problem]) from None
 
 
 def _gates(
@@ -134,6 +113,6 @@ def _gates(
             problem = "gates: found mean in scope ffn, where only one expert alone is a LoRA; expected a FILE.json"
             raise ConfigError("no mean gates", [problem])
         bar.stage("measuring the mean gates")
-        means = measure("mean_gates")(adapter, **measured, on_progress=bar)
+        means = mean_gates(adapter, **measured, on_progress=bar)
         return gates_of(adapter, means), f"means on {measured['data']}"
     return gates_from_file(adapter, gates), f"from {gates}"
