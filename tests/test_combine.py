@@ -1,5 +1,6 @@
 """Ordinary LoRA adapters as experts: written by stock PEFT, combined, and compared with the average of their deltas."""
 
+import copy
 import json
 
 import jax.numpy as jnp
@@ -8,16 +9,18 @@ import pytest
 import torch
 import tyro
 from flax import nnx
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import moe_lora_interop
+import moe_lora_interop.peft_tuner  # registers MOE_LORA
 import moe_lora_jax as mlj
 from moe_lora_interop.checkpoint.prototypes import prototypes
 from moe_lora_interop.cli import convert as verbs_convert
 from moe_lora_interop.export.combining import combine
 from moe_lora_jax.adapters.checkpoint import combine as combine_on_model
-from tests.export_truth import IDS, base_logits, deltas_of, merged_logits, torch_base
+from tests.export_truth import IDS, base_logits, deltas_of, logits, merged_logits, torch_base
 from tests.peers_data import ROOT
 
 GQA = ROOT / "bases" / "gqa"
@@ -244,3 +247,34 @@ def test_the_verb(tmp_path, capsys):
         tyro.cli(verbs_convert.combine, args=args[:2])
     moe_lora_interop.convert(tmp_path / "out", tmp_path / "arrow", to="arrow")
     assert moe_lora_interop.detect(tmp_path / "arrow") == "arrow"
+
+
+def test_loras_for_gpt2_whose_layers_store_their_weights_transposed(tmp_path):
+    """Conv1D: PEFT sets fan_in_fan_out, and A and B are stored as for any other layer."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=128, n_embd=16, n_layer=2, n_head=2, n_positions=16, initializer_range=0.2)
+    base = GPT2LMHeadModel(config).eval()
+    deltas = []
+    for seed in range(2):
+        settings = {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, "init_lora_weights": False}
+        torch.manual_seed(seed)
+        lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=3, task_type="CAUSAL_LM", **settings))
+        lora.save_pretrained(tmp_path / str(seed))
+        assert json.loads((tmp_path / str(seed) / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+        own = deltas_of(moe_lora_interop.read(tmp_path / str(seed)), None)
+        np.testing.assert_allclose(logits(added(base, own)), logits(lora), atol=1e-5)
+        deltas.append(own)
+    moe_lora_interop.write(combine([tmp_path / "0", tmp_path / "1"]), tmp_path / "mixture")
+    expected = logits(added(base, {m: (deltas[0][m] + deltas[1][m]) / 2 for m in deltas[0]}))
+    assert np.abs(expected - logits(base)).max() > 0.1
+    found = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "mixture")
+    np.testing.assert_allclose(logits(found), expected, atol=1e-5)
+
+
+def added(base, deltas):
+    """A copy of the model that adds x delta^T behind each layer, so that nothing rests on how W is stored."""
+    model = copy.deepcopy(base)
+    for module, delta in deltas.items():
+        weight = torch.as_tensor(np.asarray(delta, np.float32))
+        model.get_submodule(module).register_forward_hook(lambda _, x, y, weight=weight: y + x[0] @ weight.T)
+    return model

@@ -1,5 +1,6 @@
 """Reading JSONL, tokenizing the three forms, and batching."""
 
+import importlib.util
 import json
 from dataclasses import replace
 
@@ -208,6 +209,26 @@ def test_a_missing_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_sentencepiece_model_alone_is_not_tiktokens(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "sentencepiece" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(CheckpointError, match="which is SentencePiece's, .*: pip install sentencepiece protobuf, or"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "SentencePiece" not in str(error.value)
+
+
+def test_a_tokenizer_that_git_lfs_did_not_fetch(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="tokenizer.json: found a Git LFS pointer"):
         load_tokenizer(tmp_path)
 
 

@@ -10,10 +10,12 @@ import pytest
 from safetensors import numpy as st_numpy
 from safetensors import safe_open
 
-from moe_lora_interop import CheckpointError
+from moe_lora_interop import CheckpointError, detect, read, write
 from moe_lora_interop.disk.atomic import replace_files
 from moe_lora_interop.disk.files import existing_directory, read_header, read_json, read_tensors, write_tensors
+from moe_lora_interop.disk.model_directory import WeightFiles
 from tests.adapters import assert_same_tensors, random_bits
+from tools.samples import sample
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -336,3 +338,61 @@ def test_a_file_in_the_directorys_place_is_refused_and_kept(tmp_path):
     with pytest.raises(CheckpointError, match="could not save"):
         replace_files(tmp_path / "out", {"a": writer("1")})
     assert contents(tmp_path) == {"out": "mine"}
+
+
+# --- files that stand for others --------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+def test_a_git_lfs_pointer_says_what_it_is(tmp_path, name):
+    write(sample("lora"), tmp_path, "lora")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: found a Git LFS pointer, not the file itself: run git lfs pull"
+    ):
+        read(tmp_path)
+
+
+def test_a_git_lfs_pointer_in_a_models_place(tmp_path):
+    (tmp_path / "model.safetensors").write_text(POINTER)
+    with pytest.raises(CheckpointError, match="model.safetensors: found a Git LFS pointer"):
+        WeightFiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (
+            ["adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors"],
+            "adapter_model-00001-of-00002.safetensors and 1 more: these are parts (shards) of adapter_model.",
+        ),
+        (
+            ["adapter_model-00001-of-00001.bin"],
+            "adapter_model-00001-of-00001.bin: these are parts (shards) of adapter_model.bin",
+        ),
+        (
+            ["adapter_model.safetensors.index.json"],
+            "adapter_model.safetensors.index.json: these are parts (shards) of adapter_model.safetensors",
+        ),
+    ],
+)
+def test_an_adapter_in_shards_says_what_it_is(tmp_path, names, found):
+    write(sample("lora"), tmp_path, "lora")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    for call in (read, detect):
+        with pytest.raises(CheckpointError) as error:
+            call(tmp_path)
+        assert sum(found in problem and "join them first" in problem for problem in error.value.problems) == 1
+
+
+def test_an_expert_in_shards_says_so_too(tmp_path):
+    write(sample("arrow"), tmp_path, "arrow")
+    weights = tmp_path / "task_0" / "adapter_model.safetensors"
+    weights.rename(weights.with_name("adapter_model-00001-of-00002.safetensors"))
+    with pytest.raises(CheckpointError, match=r"task_0.*missing file\n.*found adapter_model-00001-of-00002"):
+        read(tmp_path, "arrow")

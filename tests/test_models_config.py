@@ -232,6 +232,17 @@ def test_what_cannot_be_honoured_is_refused_by_name(case, change, message, copy_
         load_base_model(write())
 
 
+def test_a_token_id_of_minus_one_means_none(copy_of):
+    """As the first Llama configs say it; no row of the embedding has this number."""
+    config, _, write = copy_of("llama")
+    config |= {"pad_token_id": -1, "eos_token_id": [2, -1]}
+    read = load_base_model(write()).config
+    assert (read.pad_token_id, read.eos_token_id) == (None, (2,))
+    config |= {"pad_token_id": -2}
+    with pytest.raises(ConfigError, match="pad_token_id: must be null, a token id or a list of them, got -2"):
+        load_base_model(write())
+
+
 def test_all_wrong_fields_are_in_one_error():
     with pytest.raises(ConfigError) as caught:
         DecoderConfig.from_hf({"architectures": ["LlamaForCausalLM"], "hidden_size": 0, "vocab_size": True})

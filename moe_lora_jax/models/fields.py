@@ -36,9 +36,10 @@ class Fields:
         return value
 
     def token_ids(self, field: str) -> tuple[int, ...]:
-        """Zero, one or several token ids: null, an integer or a list; () stands in for a wrong one."""
+        """Zero, one or several token ids: null, an integer or a list; () stands in for a wrong one. -1 means none."""
         value = self.get(field)
         ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        ids = [i for i in ids if not (type(i) is int and i == -1)]
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 2**31 for i in ids):
             self.refuse(field, f"found {value!r}, expected null, a token id or a list of them")
             return ()

@@ -1,12 +1,14 @@
 """The tokenizer in a model directory, and the tokens that training and generation must agree on."""
 
+import importlib.util
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_lora_interop.disk.atomic import replace_file
-from moe_lora_interop.disk.files import CONFIG_NAME
+from moe_lora_interop.disk.files import CONFIG_NAME, opened
 from moe_lora_interop.errors import CheckpointError
 
 
@@ -24,6 +26,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if not any(Path(directory, name).is_file() for name in known):
         raise CheckpointError(f"no tokenizer in {directory}", [f"expected {' or '.join(known)} beside config.json"])
+    _refuse_unreadable(Path(directory), known)
     from transformers import AutoTokenizer
 
     try:
@@ -52,3 +55,19 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end a text: those that the model's config states, and the one that training puts at the end."""
     return sorted({*model.config.eos_token_id, tokenizer.eos_token_id} - {None})
+
+
+def _refuse_unreadable(directory: Path, names: Sequence[str]) -> None:
+    """Says what a file is where transformers would ask for a library that reads something else."""
+    starts = {}
+    for name in names:
+        if (directory / name).is_file():
+            with opened(directory / name, "tokenizer") as file:
+                starts[name] = file.read(1)
+    is_sentencepiece = starts.get("tokenizer.model") == b"\n"  # the tag of a protobuf's first field; tiktoken's is text
+    if is_sentencepiece and "tokenizer.json" not in starts and importlib.util.find_spec("sentencepiece") is None:
+        problem = (
+            "found tokenizer.model, which is SentencePiece's, and no tokenizer.json: pip install sentencepiece "
+            "protobuf, or where these are, write one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+        raise CheckpointError(f"cannot read the tokenizer in {directory}", [problem])

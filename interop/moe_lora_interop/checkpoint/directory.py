@@ -173,6 +173,7 @@ class Directory(ExitStack):
         found = next((self.path / n for n in names if self._look(self.path / n).exists()), None)
         if found is None:
             problems = [f"{self.path}: missing file, expected one of {', '.join(names)}"]
+            problems += [line for name in names for line in files.shards_of(self.path / name)]
             if not (self.path / files.CONFIG_NAME).exists():
                 problems.append(f"{self.path / files.CONFIG_NAME}: missing file")
             if (self.path / "config.json").is_file():

@@ -32,7 +32,12 @@ ARROW = Dialect(
     ),
     fixed={"scoring_func": "abs_softmax"},
     const={"peft_type": ("LORA",), "bias": ("none",), "arrow_config.use_gks": (False,)},
-    ignore=INERT | {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "fan_in_fan_out"},
+    ignore=INERT
+    | {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}  # of that default LoRA
+    | {"arrow_config.gks_adapter_names"}  # read only with use_gks
+    | {
+        "arrow_config.rng_seed"
+    },  # of the power iteration that finds the prototypes, which are given or computed exactly
     options=(Option("prototypes", "an .npz file {module: [expert, in]} of the router's rows", default=None),),
     folders=Folders("arrow_config.task_adapter_names", "arrow_router", "task_{expert}", sidecar="prototypes.npz"),
     notes="|x.v|, top-k, then softmax; prototypes are not stored by PEFT: an option, a prototypes.npz, or exact SVD",

@@ -17,7 +17,7 @@ HYDRALORA = Dialect(
     fields=(Field("num_experts", "lora_nums"), Field("r", "r"), *LORA),
     fixed={"shared_lora_A": True},
     const={"peft_type": ("LORA",), "bias": ("none",)},
-    ignore=INERT | {"blc_alpha", "blc_weight"},
+    ignore=INERT | {"blc_alpha", "blc_weight"},  # of a loss in training that is always zero
     weights="adapter_model.bin",
     notes="dense softmax and one shared A only; one E, r and alpha for all modules",
 )

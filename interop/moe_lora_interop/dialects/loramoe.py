@@ -22,7 +22,7 @@ LORAMOE = Dialect(
         *LORA,
     ),
     fixed={"router_aux_loss": "localized"},
-    const={"peft_type": ("LORA",), "bias": ("none",)},
+    const={"peft_type": ("LORA",), "bias": ("none",), "sparsegen_cfg": ()},  # LD-MoLE borrows these keys
     ignore=INERT,
     weights="adapter_model.bin",
     notes="dense softmax only; one E, r and alpha for all modules",

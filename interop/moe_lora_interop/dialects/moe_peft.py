@@ -13,7 +13,8 @@ _FIELDS = (
     Field("target_modules", "target_modules", LAST_PARTS),
     *(field for field in LORA if field.ours != "target_modules"),
 )
-_INERT = INERT | {"act_fn", "sparse_step", "router_init_range"}
+# how the router began
+_INERT = INERT | {"router_init_range"}
 
 
 def _experts(method: str) -> tuple[Rule, ...]:
@@ -65,10 +66,11 @@ MIXLORA = Dialect(
     fields=(*_FIELDS, Field("top_k", "top_k")),
     fixed={"scope": "ffn"},
     const={**_MIXLORA_CONST, "routing_strategy": ("mixlora",)},
-    ignore=_INERT,
+    ignore=_INERT | {"act_fn"},
     plain=True,
     weights="adapter_model.bin",
-    notes="one softmax, top-k, renormalised router per feed-forward block, plain LoRA on attention; one E, k, r, alpha",
+    notes="one softmax, top-k, renormalised router per feed-forward block, plain LoRA on attention; one E, k, r, "
+    "alpha; act_fn must be what the base has",
 )
 
 _LEGACY = "mixlora.layers.{layer}.experts.{expert}"
@@ -88,7 +90,7 @@ MIXLORA_LEGACY = Dialect(
     fields=(*_FIELDS, Field("top_k", "top_k")),
     fixed={"scope": "ffn"},
     const={**_MIXLORA_CONST, "routing_strategy": ("mixtral", "mixlora")},
-    ignore=_INERT,
+    ignore=_INERT | {"act_fn"},
     plain=True,
     weights="adapter_model.bin",
     notes="as mixlora, with the older names w1, w2, w3 of the feed-forward layers",

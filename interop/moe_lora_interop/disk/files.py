@@ -20,6 +20,7 @@ from moe_lora_interop.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class TensorInfo(NamedTuple):
@@ -120,13 +121,28 @@ def opened(path: Path, what: str) -> BinaryIO:
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except FileNotFoundError:
-        raise CheckpointError("not a checkpoint", [f"{path}: missing file"]) from None
+        raise CheckpointError("not a checkpoint", [f"{path}: missing file", *shards_of(path)]) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"unreadable {what}", [f"{path}: {error}"]) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise CheckpointError(f"unreadable {what}", [f"{path}: found a pipe or device, expected a regular file"])
+    if file.read(len(_LFS)) == _LFS:
+        file.close()
+        problem = "found a Git LFS pointer, not the file itself: run git lfs pull where it was cloned"
+        raise CheckpointError(f"unreadable {what}", [f"{path}: {problem}"])
+    file.seek(0)
     return file
+
+
+def shards_of(path: Path) -> list[str]:
+    """What to do where a file is missing, but its parts are there: one line, or none."""
+    parts = sorted(p.name for p in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
+    index = path.with_name(f"{path.name}.index.json")
+    if not parts and not index.exists():
+        return []
+    found = f"{parts[0]} and {len(parts) - 1} more" if parts[1:] else parts[0] if parts else index.name
+    return [f"found {found}: these are parts (shards) of {path.name}, which is read as one file; join them first"]
 
 
 def _parsed_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:

@@ -119,11 +119,15 @@ def _size_problems(adapters: Mapping[str, Adapter], modules: Sequence[str]) -> l
 
 
 def _base_problems(adapters: Mapping[str, Adapter]) -> list[str]:
-    bases = {name: a.config.base_model_name_or_path for name, a in adapters.items()}
-    known = {base for base in bases.values() if base is not None}
-    if len(known) < 2:
+    bases = {name: (a.config.base_model_name_or_path, a.config.revision) for name, a in adapters.items()}
+    known = [{value for value in values if value is not None} for values in zip(*bases.values(), strict=True)]
+    if all(len(values) < 2 for values in known):
         return []
-    return [f"{name}: base model {base!r}; the adapters must be for the same one" for name, base in bases.items()]
+    return [
+        f"{name}: base model {base!r}{f', revision {revision!r}' if revision else ''}; the adapters must be for the "
+        "same one"
+        for name, (base, revision) in bases.items()
+    ]
 
 
 def _unequal(found: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
@@ -166,6 +170,7 @@ def _config(adapters: Sequence[Adapter], factors: Mapping[str, Sequence[Factors]
         lora_dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
         task_type=tasks.pop() if len(tasks) == 1 else None,
         base_model_name_or_path=next((c.base_model_name_or_path for c in configs if c.base_model_name_or_path), None),
+        revision=next((c.revision for c in configs if c.revision), None),
     )
 
 

@@ -1,7 +1,7 @@
 """Between a layout's adapter_config.json and our config, by the fields of its `Dialect`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from moe_lora_interop.config.adapter_config import BOOKKEEPING, MoeLoraConfig
@@ -11,7 +11,7 @@ from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.rules.codecs import Values
 from moe_lora_interop.rules.dialect import REQUIRED, SET, Dialect, lookup
-from moe_lora_interop.rules.lora_fields import INERT
+from moe_lora_interop.rules.lora_fields import CHECKED, INERT, REFUSED
 
 EMPTY: tuple[Any, ...] = (None, False, [], {}, "", 0)
 EXPERT_CONST = {"peft_type": "LORA", "bias": "none"}
@@ -59,6 +59,7 @@ def config_of(
             _apply(option.codec.ours, option.name, value, ours, modules, problems)
     if dialect.cases:
         problems.extend(_apply_case(dialect, raw, ours))
+    ours["revision"] = raw.get("revision")
     if dialect.plain and isinstance(ours.get("num_experts"), int):
         plain = {m: 1 if (m, "router") not in tensors and tensors[m, "lora_B"].shape[0] == 1 else 0 for m in modules}
         if not dialect.fixed.get("scope") == "ffn" or any(plain.values()):
@@ -82,7 +83,8 @@ def raw_of(
         return config.to_dict()
     raw: dict[str, Any] = {}
     for name, allowed in dialect.const.items():
-        _put(raw, name, allowed[0])
+        if allowed:
+            _put(raw, name, allowed[0])
     raw |= {n: tensors["", role].shape[axis] for n, (role, axis) in dialect.measured.items() if ("", role) in tensors}
     problems: list[str] = []
     for theirs, ours in dialect.cases:
@@ -153,27 +155,48 @@ def _count_experts(tensors: Mapping[tuple[str, str], Tensor], modules: list[str]
 
 
 def _unknown_fields(dialect: Dialect, raw: Mapping[str, Any]) -> list[str]:
-    known = {f.theirs.split(".")[0] for f in dialect.fields} | dialect.ignore | dialect.measured.keys()
-    known |= {name.split(".")[0] for name in dialect.const}
-    known |= {name for theirs, _ in dialect.cases for name in theirs} | set(BOOKKEEPING)
+    known = {f.theirs for f in dialect.fields} | dialect.const.keys() | dialect.measured.keys() | set(BOOKKEEPING)
+    known |= {name for theirs, _ in dialect.cases for name in theirs}
     if dialect.folders is not None:
-        known |= {dialect.folders.listed_in.split(".")[0], "experts"}
+        known |= {dialect.folders.listed_in, "experts"}
     if dialect.stride is not None:
         known.add(dialect.stride[0])
-    problems = [
-        f"{name}: found {value!r}, layout {dialect.name!r} has no meaning for it here"
-        for name, value in raw.items()
-        if name not in known and value not in EMPTY
-    ]
+    problems = _unread(_unfolded(raw, known | dialect.ignore), known, dialect.ignore, dialect)
+    of_expert = {name.removeprefix("experts.") for name in known if name.startswith("experts.")} | set(BOOKKEEPING)
     for number, expert in enumerate(raw["experts"] if dialect.folders is not None else []):
-        of_expert = {f.theirs.split(".")[1] for f in dialect.fields if f.theirs.startswith("experts.")}
-        of_expert |= INERT | set(BOOKKEEPING)
-        problems += [
-            f"{name} of expert {number}: found {value!r}, layout {dialect.name!r} has no meaning for it here"
-            for name, value in expert.items()
-            if name not in of_expert and value not in EMPTY and EXPERT_CONST.get(name) != value
-        ]
+        fields = {name: value for name, value in expert.items() if EXPERT_CONST.get(name) != value}
+        problems += [f"expert {number}: {problem}" for problem in _unread(fields, of_expert, INERT, dialect)]
     return [*problems, *dialect.const_problems(raw)]
+
+
+def _unread(fields: Mapping[str, Any], known: Collection[str], ignore: Collection[str], dialect: Dialect) -> list[str]:
+    """The fields with a value that nothing here honours and that may not be ignored."""
+    problems = []
+    for name, value in fields.items():
+        if name in known:
+            continue
+        if name in ignore:
+            why = CHECKED[name](value) if name in CHECKED else ""
+        elif value in EMPTY:
+            continue
+        elif name in REFUSED:
+            why = f"which means {REFUSED[name]}; layout {dialect.name!r} has only A and B: train without it"
+        else:
+            why = f"layout {dialect.name!r} has no meaning for it here"
+        problems += [f"{name}: found {value!r}, {why}"] if why else []
+    return problems
+
+
+def _unfolded(raw: Mapping[str, Any], known: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The fields, with those of an object as "a.b" where some of them are known by such a name."""
+    fields: dict[str, Any] = {}
+    for name, value in raw.items():
+        path = prefix + name
+        if isinstance(value, Mapping) and path not in known and any(k.startswith(f"{path}.") for k in known):
+            fields |= _unfolded(value, known, f"{path}.")
+        else:
+            fields[path] = value
+    return fields
 
 
 def _option_problems(dialect: Dialect, options: Mapping[str, Any]) -> list[str]:

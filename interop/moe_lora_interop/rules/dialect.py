@@ -94,7 +94,7 @@ class Dialect:
         own_config: whether the config is ours as it stands; `fields` is then empty, and its peft_type means this layout
             only: what does not fit is wrong, not of another layout.
         fixed: our values that the layout implies.
-        const: their fields that may have only the values listed (the first is written); SET allows any.
+        const: their fields that may have only the values listed (the first is written); SET allows any, () none.
         cases: rows of (their values, ours) that hold together; exactly one row must fit.
         ignore: their fields that do not change what is computed.
         options: what the layout does not record.
@@ -149,7 +149,7 @@ class Dialect:
         """Their fields that have another value than the layout allows."""
         found = ((name, allowed, lookup(raw, name, None)) for name, allowed in self.const.items())
         return [
-            f"{name}: found {value!r}, expected {' or '.join(map(repr, allowed))}"
+            f"{name}: found {value!r}, expected {' or '.join(map(repr, allowed)) or 'no such field'}"
             for name, allowed, value in found
             if value is not None and value not in allowed and SET not in allowed
         ]
