@@ -11,10 +11,13 @@ from flax import nnx
 
 import moe_lora_interop
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
+from moe_lora_interop.checkpoint.read_write import read_with_base
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.tensors import decode, encode
 from moe_lora_jax.adapters.apply import linear_layers, remove_moe_lora
-from moe_lora_jax.adapters.checkpoint import check_fits
+from moe_lora_jax.adapters.authenticity import check_ours
+from moe_lora_jax.adapters.base_check import check_fits
+from moe_lora_jax.adapters.dtypes import FileDtypes, for_file, for_training
 from moe_lora_jax.adapters.jax_tree import JAX_TREE
 from moe_lora_jax.adapters.model_spec import ModelSpec
 from moe_lora_jax.layers.linear import MoeLoraLinear
@@ -45,6 +48,7 @@ class AdapterBank:
     Args:
         model: a base model without an adapter, ours or any other whose layers see [batch, ...] inputs.
         adapters: {name: a directory in any readable layout, or an `moe_lora_interop.Adapter`}.
+        param_dtype: dtype in which A and B are kept and trained, as for `load_adapter`; None keeps each file's.
         spec: names and layer classes of a model that `load_base_model` did not make.
 
     Raises:
@@ -52,15 +56,25 @@ class AdapterBank:
             already has an adapter, which stays.
     """
 
-    def __init__(self, model: nnx.Module, adapters: Mapping[str, Source], *, spec: ModelSpec | None = None):
+    def __init__(
+        self,
+        model: nnx.Module,
+        adapters: Mapping[str, Source],
+        *,
+        param_dtype: Any = jnp.float32,
+        spec: ModelSpec | None = None,
+    ):
         if has_adapter(model):
             raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
         if not adapters or BASE in adapters:
             raise CheckpointError("no bank", [f"adapters: found {list(adapters)}, expected names other than {BASE!r}"])
         self.model = model
         self.names = list(adapters)
-        self._linears = linear_layers(model, spec or ModelSpec())
-        found = [self._read(name, source) for name, source in adapters.items()]
+        self._param_dtype, self._spec = param_dtype, spec or ModelSpec()
+        self._linears = linear_layers(model, self._spec)
+        read = [self._read(name, source) for name, source in adapters.items()]
+        found = [adapter for adapter, _ in read]
+        self._file_dtypes = [dtypes for _, dtypes in read]
         self._configs = [adapter.config for adapter in found]
         self._dtypes = [adapter.dtype for adapter in found]
         self._layers: dict[str, MultiAdapterLinear] = {}
@@ -91,7 +105,8 @@ class AdapterBank:
             CheckpointError: its config or dtype is another: make a new bank.
             ValueError: no adapter of this name, or one of the new name.
         """
-        number, adapter = self._number(name), self._read(new_name or name, source)
+        number = self._number(name)
+        adapter, dtypes = self._read(new_name or name, source)
         if new_name not in (None, name) and new_name in (*self.names, BASE):
             raise ValueError(f"new_name: found {new_name!r}, expected a name that the bank does not have")
         problems = _differences(adapter, self._configs[number], self._dtypes[number])
@@ -100,31 +115,37 @@ class AdapterBank:
         values = _encoded(adapter)
         for path, variable, place in self._variables(number):
             variable[...] = variable[...].at[place].set(jnp.asarray(values[path]))
-        self.names[number] = new_name or name
+        self.names[number], self._file_dtypes[number] = new_name or name, dtypes
 
-    def adapter(self, name: str) -> Adapter:
-        """The adapter of this name as it is now.
+    def adapter(self, name: str, *, dtype: Any = None) -> Adapter:
+        """The adapter of this name as it is now; `dtype` as for `mlj.to_adapter`.
 
         Raises:
             ValueError: no adapter of this name.
+            CheckpointError: as `mlj.to_adapter` does.
         """
         number = self._number(name)
+        for module, layer in self._layers.items():
+            for stack, members in zip(layer.stacks, layer.members, strict=True):
+                if number in members:
+                    check_ours(stack, self._configs[number], module)
         stored = {path: np.asarray(jax.device_get(v[...][place])) for path, v, place in self._variables(number)}
         config = self._configs[number]
         tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
         assert not problems, problems
-        return Adapter(config, tensors)
+        return Adapter(config, for_file(tensors, self._file_dtypes[number], dtype))
 
-    def save_pretrained(self, name: str, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, name: str, directory: str | os.PathLike[str], *, dtype: Any = None) -> None:
         """Writes one adapter in the native layout, as `mlj.save_pretrained` does for a model with one."""
-        moe_lora_interop.write(self.adapter(name), directory)
+        moe_lora_interop.write(self.adapter(name, dtype=dtype), directory)
 
     def remove(self) -> nnx.Module:
         """Takes all adapters off the model, in place, and returns it."""
         return remove_moe_lora(self.model)
 
-    def _read(self, name: str, source: Source) -> Adapter:
-        adapter = source if isinstance(source, Adapter) else moe_lora_interop.read(source)
+    def _read(self, name: str, source: Source) -> tuple[Adapter, FileDtypes]:
+        adapter = source if isinstance(source, Adapter) else read_with_base(source)
+        adapter, dtypes = for_training(adapter, self._param_dtype)
         config = adapter.config
         fields = {"scope": "linear", "router_input": "hidden", "modules_to_save": None}
         problems = [
@@ -134,8 +155,8 @@ class AdapterBank:
         ]
         if problems:
             raise CheckpointError(f"the adapter {name!r} cannot be one of several", problems)
-        check_fits(self._linears, adapter)
-        return adapter
+        check_fits(self.model, self._linears, adapter, self._spec)
+        return adapter, dtypes
 
     def _number(self, name: str) -> int:
         if name not in self.names:

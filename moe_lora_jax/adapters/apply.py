@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.base_name import hub_named
 from moe_lora_interop.config.modules import block_of, last_bias_problem, last_layer, order_problems, router_owners
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.errors import CheckpointError, ConfigError
@@ -131,7 +132,7 @@ def remove_moe_lora(model: nnx.Module) -> nnx.Module:
             replace_module(model, path, wrapper.base_layer)
     if getattr(model, "moe_lora_router", None) is not None:
         model.moe_lora_router = None  # type: ignore[attr-defined]
-    for name in ("moe_lora_config", "moe_lora_names", "moe_lora_rows"):
+    for name in ("moe_lora_config", "moe_lora_names", "moe_lora_dtypes", "moe_lora_rows"):
         if hasattr(model, name):
             delattr(model, name)
     return model
@@ -176,8 +177,9 @@ def _completed(model: nnx.Module, config: MoeLoraConfig, chosen: list[str]) -> M
     """The config with everything filled in that only the model knows."""
     config = config.resolved(chosen)
     if config.base_model_name_or_path is None:
-        name = getattr(getattr(model, "config", None), "name_or_path", None)
-        config = replace(config, base_model_name_or_path=None if name is None else str(name))
+        path = getattr(getattr(model, "config", None), "name_or_path", None)
+        if path is not None:
+            config = hub_named(replace(config, base_model_name_or_path=str(path)))
     routed = config.routed(chosen)
     if problems := order_problems(config, routed):
         raise ConfigError("the config does not fit the model", problems)

@@ -2,18 +2,25 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 import moe_lora_interop
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
+from moe_lora_interop.checkpoint.read_write import read_with_base
+from moe_lora_interop.config.base_name import named
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.export.combining import combine as combine_adapters
 from moe_lora_interop.rules.tensors import decode, encode
-from moe_lora_jax.adapters.apply import LinearLayer, adapted_names, apply_to_modules, linear_layers
+from moe_lora_jax.adapters.apply import adapted_names, apply_to_modules, linear_layers
+from moe_lora_jax.adapters.authenticity import check_ours
+from moe_lora_jax.adapters.base_check import check_fits
+from moe_lora_jax.adapters.dtypes import for_file, for_training
 from moe_lora_jax.adapters.jax_tree import JAX_TREE
 from moe_lora_jax.adapters.model_spec import ModelSpec
 from moe_lora_jax.layers.mixing import MoeLoraParam
@@ -22,11 +29,17 @@ from moe_lora_jax.sharding import put_like
 from moe_lora_jax.tree import has_adapter
 
 
-def to_adapter(model: Any) -> Adapter:
+def to_adapter(model: Any, *, dtype: Any = None) -> Adapter:
     """The adapter that `model` carries, as numpy arrays in canonical axes.
 
+    Args:
+        dtype: of A and B; routers are then in fp32. None: the dtypes of the file that the adapter came from, else
+            those of the variables.
+
     Raises:
-        CheckpointError: the model carries none, or several.
+        CheckpointError: the model carries none, or several; its layers or routers are not what its config says
+            (`authenticity`); a value is too large for the dtype.
+        ValueError: no dtype that adapters have.
     """
     if not has_adapter(model):
         raise CheckpointError("the model has no adapter: call apply_moe_lora or load_adapter first")
@@ -34,23 +47,33 @@ def to_adapter(model: Any) -> Adapter:
         raise CheckpointError(
             "the model has an AdapterBank: save its adapters by name, with the bank's save_pretrained"
         )
-    stored = {path: whole(leaf) for path, leaf in _leaves(model).items()}
     config = model.moe_lora_config
+    check_ours(model, config)
+    stored = {path: whole(leaf) for path, leaf in _leaves(model).items()}
     tensors, problems = decode(JAX_TREE.rules, stored, config_sizes(config))
     if problems:
         raise CheckpointError("the model's adapter variables do not form an adapter", problems)
-    return Adapter(config, tensors)
+    return Adapter(config, for_file(tensors, getattr(model, "moe_lora_dtypes", ()), dtype))
 
 
-def save_pretrained(model: nnx.Module, directory: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    model: nnx.Module, directory: str | os.PathLike[str], *, dtype: Any = None, base_name: str | None = None
+) -> None:
     """Writes the model's adapter to `directory` in the native layout, which PEFT reads.
 
     With several processes all of them must call this; the first one writes.
 
+    Args:
+        dtype: as for `to_adapter`.
+        base_name: what the base model is called where the adapter will be used, for example its id on the Hugging
+            Face Hub. None: what the config says, which `apply_moe_lora` takes from the model.
+
     Raises:
-        CheckpointError: the model has no adapter, or the directory cannot be written.
+        CheckpointError: as `to_adapter` does; or the directory cannot be written.
     """
-    adapter = to_adapter(model)
+    adapter = to_adapter(model, dtype=dtype)
+    if base_name is not None:
+        adapter = replace(adapter, config=named(adapter.config, base_name))
     once(lambda: moe_lora_interop.write(adapter, directory))
 
 
@@ -60,6 +83,7 @@ def load_adapter(
     *,
     dialect: str | None = None,
     rngs: nnx.Rngs | None = None,
+    param_dtype: Any = jnp.float32,
     spec: ModelSpec | None = None,
     **options: Any,
 ) -> nnx.Module:
@@ -71,22 +95,26 @@ def load_adapter(
         dialect: the layout's name, as for `moe_lora_interop.read`.
         options: what the layout does not record, as for `moe_lora_interop.read`.
         rngs: stream "dropout", for training on; default `nnx.Rngs(0)`.
+        param_dtype: dtype in which A and B are kept and trained; routers are then in fp32. `save_pretrained` writes the
+            file's dtypes again. None: the file's dtypes, which take less memory and train badly.
         spec: names and layer classes of a model that `load_base_model` did not make, as for `apply_moe_lora`.
 
     Raises:
-        CheckpointError: unreadable, or for another base model: every module that is missing there or has other sizes is
-            listed, and the model is left as it was.
+        CheckpointError: unreadable, or for another base model (`base_check.check_fits`): every module that is missing
+            there or has other sizes is listed, and the model is left as it was.
+        ValueError: no dtype that adapters have.
     """
     if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
-    adapter = source if isinstance(source, Adapter) else moe_lora_interop.read(source, dialect, **options)
+    adapter = source if isinstance(source, Adapter) else read_with_base(source, dialect, **options)
+    adapter, dtypes = for_training(adapter, param_dtype)
     config = adapter.config
     if config.modules_to_save:
         raise CheckpointError(
             "cannot be loaded in JAX", [f"modules_to_save: found {config.modules_to_save}, expected null: PyTorch only"]
         )
     spec = spec or ModelSpec()
-    check_fits(linear_layers(model, spec), adapter)
+    check_fits(model, linear_layers(model, spec), adapter, spec)
     apply_to_modules(model, config, adapter.modules, rngs=rngs or nnx.Rngs(0), param_dtype=adapter.dtype, spec=spec)
     stored, problems = encode(JAX_TREE.rules, adapter.tensors, config_sizes(config))
     names = adapted_names(model)
@@ -96,6 +124,8 @@ def load_adapter(
         path: variable.replace(put_like(np.asarray(stored[name]), variable[...])) for path, name, variable in state
     }
     nnx.update(model, nnx.from_flat_state(filled))
+    if dtypes:
+        model.moe_lora_dtypes = dtypes  # type: ignore[attr-defined]
     return model
 
 
@@ -111,20 +141,6 @@ def _name(path: tuple[Any, ...], names: Mapping[str, str]) -> str:
         if (module := names.get(".".join(parts[:end]))) is not None:
             return ".".join([module, *parts[end:]])
     return ".".join(parts)
-
-
-def check_fits(linears: Mapping[str, LinearLayer], adapter: Adapter) -> None:
-    """Raises CheckpointError unless the base model has every module of the adapter, in its size."""
-    problems = []
-    for module, found in adapter.features.items():
-        if module not in linears:
-            problems.append(f"{module}: the base model has no linear layer of this name")
-            continue
-        expected = (linears[module].map.in_features, linears[module].map.out_features)
-        if found != expected:
-            problems.append(f"{module}: the adapter is for in, out = {found}, the base model has {expected}")
-    if problems:
-        raise CheckpointError("the adapter is for another base model", problems)
 
 
 def combine(

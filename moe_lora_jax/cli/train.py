@@ -12,13 +12,14 @@ import jax
 from flax import nnx
 from tyro.conf import OmitArgPrefixes
 
-import moe_lora_interop
+from moe_lora_interop.checkpoint.read_write import read_with_base
 from moe_lora_interop.cli.flags_file import write_file
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.adapters.checkpoint import load_adapter
+from moe_lora_jax.adapters.parameter_summary import summary
 from moe_lora_jax.cli.train_flags import AdapterFlags, DataFlags, MachineFlags, SettingsFlags
 from moe_lora_jax.models import load_base_model
 from moe_lora_jax.processes import connect, is_first, once
@@ -28,7 +29,7 @@ from moe_lora_jax.train.end_of_text import write_end_ids
 from moe_lora_jax.train.loop import TrainResult
 from moe_lora_jax.train.loop import train as run
 from moe_lora_jax.train.run_dir import check_free
-from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
+from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id, save_tokenizer
 
 CONFIG_NAME = "train.yaml"
 # What a repetition says anew: it continues no run, and finds its own processes.
@@ -68,7 +69,7 @@ def train(
     checked = settings.checked()
     if problems := examples.problems() + machine.problems():
         raise ConfigError("invalid arguments", problems)
-    fields = adapter.fields(model)
+    fields = adapter.fields()
     fresh = MoeLoraConfig.from_dict(fields) if adapter.init_adapter is None else None
 
     shell = Shell(quiet=quiet, json=json)
@@ -99,8 +100,9 @@ def train(
         apply_moe_lora(base, fresh, rngs=rngs)
     else:
         assert adapter.init_adapter is not None
-        start = moe_lora_interop.read(adapter.init_adapter, adapter.init_dialect)
+        start = read_with_base(adapter.init_adapter, adapter.init_dialect)
         load_adapter(base, dataclasses.replace(start, config=dataclasses.replace(start.config, **fields)), rngs=rngs)
+    shell.say(f"base model: {summary(base).base}")
     if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
         values = {"model": model, "data": data, "output_dir": output_dir}
         for group in (adapter, settings, examples, machine):
@@ -111,6 +113,8 @@ def train(
     pad = pad_id(tokenizer, vocabulary)
     with shell.progress("compiling the step") as bar:
         result = run(base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar)
+    if result.is_finished:
+        once(lambda: save_tokenizer(tokenizer, output_dir))
     return _tell(result, shell)
 
 

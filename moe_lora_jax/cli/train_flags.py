@@ -40,6 +40,8 @@ class AdapterFlags:
         init_adapter: continue from this adapter (any readable layout). It brings its own config; of the flags above, a
             dropout or loss coefficient that is given wins over it, 0 too, and the others are refused.
         init_dialect: that layout's name; None detects it.
+        base_name: what the adapter calls its base model, for example the id on the Hugging Face Hub. None: the Hub's
+            name that the path or config.json tells, else the path.
     """
 
     r: Annotated[int | list[int] | None, otherwise(MoeLoraConfig.r)] = None
@@ -53,8 +55,9 @@ class AdapterFlags:
     adapter_config: Path | None = None
     init_adapter: Path | None = None
     init_dialect: str | None = None
+    base_name: str | None = None
 
-    def fields(self, model: Path) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The config's fields from the flags and the file; beside init_adapter, those that replace what it brings.
 
         Raises:
@@ -66,17 +69,18 @@ class AdapterFlags:
         if "target_modules" in given:
             targets = list(given["target_modules"])
             given["target_modules"] = ALL_LINEAR if targets == [ALL_LINEAR] else targets
+        base = {} if self.base_name is None else {"base_model_name_or_path": self.base_name, "revision": None}
         if self.init_adapter is not None:
             wrong = [f for f in given if f not in TRAINING_FIELDS]
             wrong += ["adapter_config"] if self.adapter_config is not None else []
             if wrong:
                 problems = [f"{f}: found beside init_adapter" for f in wrong]
                 raise ConfigError("init_adapter brings its own config", problems)
-            return given
+            return {**given, **base}
         from_file = read_json(self.adapter_config) if self.adapter_config is not None else {}
-        fixed = {"base_model_name_or_path": str(model), "task_type": "CAUSAL_LM"}
-        defaults = {"format_version": MoeLoraConfig.format_version, "target_modules": ALL_LINEAR}
-        return {**defaults, **fixed, **from_file, **given}
+        version = MoeLoraConfig.format_version
+        defaults = {"format_version": version, "task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR}
+        return {**defaults, **from_file, **given, **base}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Training a mixture-of-LoRA adapter: data, losses, optimizer, a functional step, and the loop with exact resume."""
 
 from moe_lora_jax.adapters.filters import experts_only, router_only
+from moe_lora_jax.train.batches import TrainBatches
 from moe_lora_jax.train.data import TokenData, read_data, split_by, split_data
 from moe_lora_jax.train.errors import DataError, TrainingError
 from moe_lora_jax.train.evaluation import evaluate
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "DataError",
     "TokenData",
+    "TrainBatches",
     "TrainResult",
     "TrainSettings",
     "TrainingError",

@@ -1,5 +1,6 @@
 """The functional train step: split the model once, then jit over plain states, and write the result back at the end."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.sharding import mesh_of, put_rest, replicated
 from moe_lora_jax.train.health import RouterSums, router_sums
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
+
+NOISE = ("lora_dropout", "expert_dropout", "router_dropout", "router_jitter_noise")
 
 
 class Batch(NamedTuple):
@@ -70,7 +73,11 @@ def split_model(
 
     The states of a model that scans its layers are stacked (`models.stacked`), the base weights too: a second copy of
     the layers, for as long as the states live. On a mesh, the optimizer's state lies where what it belongs to lies.
+
+    Warns:
+        UserWarning: the config has dropout or jitter, but the model is in eval mode, so the step would have none.
     """
+    _warn_of_eval_mode(model)
     graphdef, *states = nnx.split(model, trainable, nnx.RngState, MoeLoraParam, ...)
     selected, rng, adapter, base = states
     selected, rng = jax.tree.map(jnp.copy, (selected, rng))
@@ -80,6 +87,14 @@ def split_model(
     if mesh is not None:
         opt_state = put_rest(opt_state, mesh)
     return graphdef, TrainState(selected, opt_state, rng), FrozenState(adapter, base)
+
+
+def _warn_of_eval_mode(model: nnx.Module) -> None:
+    config = getattr(model, "moe_lora_config", None)
+    noise = [name for name in NOISE if getattr(config, name, 0) > 0]
+    if noise and all(getattr(module, "deterministic", True) for _, module in nnx.iter_modules(model)):
+        text = f"the model is in eval mode, and {', '.join(noise)} off in training: call model.train() first"
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def merge_back(model: nnx.Module, state: TrainState, frozen: FrozenState) -> None:

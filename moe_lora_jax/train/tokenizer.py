@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_interop.disk.files import CONFIG_NAME, opened
 from moe_lora_interop.errors import CheckpointError
 
@@ -44,6 +46,17 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a text, with the special tokens that the tokenizer adds, but none that the text has there already."""
     front, ids, back = _parts(tokenizer, text)
     return front + ids + back
+
+
+def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Writes the tokenizer beside an adapter, as PEFT's and TRL's trainers do; files that are there stay."""
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        for path in Path(made).rglob("*"):
+            target = Path(directory) / path.relative_to(made)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(target, path.read_bytes())
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

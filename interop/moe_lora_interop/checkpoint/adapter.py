@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class Adapter:
         tensors: {(module, role): array, or what `np.asarray` makes one of: `opened` leaves values in their files}.
             Roles and their canonical axes are `rules.ROLES`. A router of a feed-forward block is at the block's path, a
             router of the model at "".
+        base_tensors: {name: likewise} of the base model that came with the adapter (`rules.base_tensors`); no part of
+            it, and never written.
 
     Raises:
         CheckpointError: a tensor that the config implies is missing, one it does not imply is present, or one has
@@ -31,6 +33,7 @@ class Adapter:
 
     config: MoeLoraConfig
     tensors: Mapping[tuple[str, str], Tensor]
+    base_tensors: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         native = {s: t if t.dtype.isnative else _native(np.asarray(t)) for s, t in self.tensors.items()}

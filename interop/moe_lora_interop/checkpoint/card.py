@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
+from moe_lora_interop.config.base_name import hub_name
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.disk.dtypes import bits
@@ -19,6 +20,7 @@ from moe_lora_interop.rules.tensors import claim
 
 CARD_NAME = "README.md"
 PLACEHOLDER = "# Model Card for Model ID"
+_TAGS = "tags: [moe-lora, mixture-of-experts, lora]"
 
 _TEMPLATE = """---
 {metadata}
@@ -77,8 +79,7 @@ _CONTENTS = """## Tensors
 {rows}
 
 """
-LONGEST_HUB_ID = 96
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+LONGEST_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> None:
@@ -102,17 +103,22 @@ def model_card(
 
     Args:
         tensors: {stored name: dtype and shape}.
-        metadata: YAML for the card's head; None: the library, the tags, and the base model. A base model that is no
-            id of the Hugging Face Hub is left out of it: the Hub would refuse the card.
+        metadata: YAML for the card's head; None: the library, the tags, and the base model if it is known. A base
+            model is named there by its id on the Hugging Face Hub, which refuses a card with a path, or not at all.
         end_ids: token ids that end a text, where they are others than those of the base model.
     """
-    base = config.base_model_name_or_path or ""
-    own = ["library_name: peft", f"base_model: {json.dumps(base)}", "tags: [moe-lora, mixture-of-experts, lora]"]
-    lines = own if metadata is None else metadata.splitlines()
+    base = config.base_model_name_or_path or "unknown"
+    known = hub_name(base) if config.base_model_name_or_path else None
+    if metadata is None:
+        metadata = "\n".join(["library_name: peft", f"base_model: {json.dumps(base)}", _TAGS])
+    if known is None or base not in metadata:
+        metadata = "\n".join(line for line in metadata.splitlines() if "base_model" not in line)
+    else:
+        metadata = metadata.replace(base, known.id)
     root = "sqrt(r)" if config.use_rslora else "r"
     return _TEMPLATE.format(
-        metadata="\n".join(line for line in lines if "base_model" not in line or is_hub_id(base)),
-        base=base or "unknown",
+        metadata=metadata,
+        base=base if known is None else known.id,
         version=FORMAT_VERSION,
         experts=config.num_experts,
         r=config.r,
@@ -122,11 +128,6 @@ def model_card(
         ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a base model's name may be one of the Hugging Face Hub: a path is none, even if it looks like one."""
-    return len(name) <= LONGEST_HUB_ID and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _contents(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_interop.checkpoint.base_tensors import base_problems, left_out
 from moe_lora_interop.checkpoint.read_write import between_saves, opened
 from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
@@ -18,7 +19,9 @@ from moe_lora_interop.disk import files
 from moe_lora_interop.disk.digest import NAME as DIGEST
 from moe_lora_interop.disk.dtypes import bits
 from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.rules.base_tensors import name_in_base
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Inspection:
         parameters: number of values in all tensors.
         bytes: size of all tensors, in bytes.
         metadata: of the safetensors header.
+        notes: what else the file holds: tensors of the base model, whole modules.
     """
 
     dialect: str
@@ -42,6 +46,7 @@ class Inspection:
     parameters: int
     bytes: int
     metadata: dict[str, str]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -83,6 +88,7 @@ def _inspection(reading: Reading) -> Inspection:
         parameters=sum(counts.values()),
         bytes=sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items()),
         metadata=dict(reading.stored.metadata),
+        notes=reading.notes(),
     )
 
 
@@ -96,7 +102,9 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     try:
         with opened(directory) as adapter:
             findings = [*_metadata_findings(adapter), *_value_findings(adapter)]
-            return findings + (list(_base_findings(adapter, Path(base))) if base is not None else [])
+            if base is None:
+                return [*findings, *(Finding("note", text) for text in left_out(adapter.base_tensors))]
+            return [*findings, *_base_findings(adapter, Path(base))]
     except (CheckpointError, ConfigError) as error:
         return [Finding("error", f"{error.what}: {problem}") for problem in error.problems] or [
             Finding("error", error.what)
@@ -131,13 +139,35 @@ def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
     shapes = base_shapes(base)
     for module, features in adapter.features.items():
         found = features[::-1]
-        expected = shapes.get(f"{module}.weight")
+        expected = shapes.get(_stored_name(f"{module}.weight", shapes) or "")
         if expected is None:
             yield Finding("error", f"{module}: not in the base model at {base}")
         elif found != expected:
             yield Finding(
                 "error", f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
             )
+    of_base = _of_base(adapter, base)
+    for name in adapter.base_tensors.keys() - of_base.keys():
+        yield Finding("error", f"{name_in_base(name)}: came with the adapter, not in the base model at {base}")
+    for problem in base_problems(adapter.base_tensors, of_base):
+        yield Finding("error", problem)
+
+
+def _of_base(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
+    """The base's own tensors for those that came with the adapter."""
+    if not adapter.base_tensors:
+        return {}
+    with WeightFiles(base) as weights:
+        names = {name: _stored_name(name_in_base(name), weights.infos) for name in adapter.base_tensors}
+        return {name: weights.read(stored) for name, stored in names.items() if stored is not None}
+
+
+def _stored_name(name: str, stored: Collection[str]) -> str | None:
+    """What a tensor is called in the base's files: a head that is not stored is the embeddings (tied)."""
+    embeddings = [n for n in stored if n.endswith("embed_tokens.weight")]
+    if name not in stored and name == "lm_head.weight" and len(embeddings) == 1:
+        return embeddings[0]
+    return name if name in stored else None
 
 
 def base_shapes(base: Path) -> dict[str, tuple[int, ...]]:

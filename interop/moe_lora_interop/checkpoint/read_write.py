@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
+from moe_lora_interop.checkpoint.base_tensors import warn_of_base_tensors
 from moe_lora_interop.checkpoint.card import CARD_NAME, end_ids_beside, model_card
 from moe_lora_interop.checkpoint.directory import Directory
 from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
@@ -20,6 +21,7 @@ from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_fi
 from moe_lora_interop.disk.digest import begun
 from moe_lora_interop.disk.dtypes import STORED
 from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.rules.configs import config_of, differences, options_of, raw_of
 from moe_lora_interop.rules.dialect import Dialect
@@ -39,9 +41,25 @@ def read(directory: str | os.PathLike[str], dialect: str | None = None, **option
 
     Raises:
         CheckpointError, ConfigError: with every problem found.
+
+    Warns:
+        UserWarning: the file also holds tensors of the base model (`Adapter.base_tensors`), which nothing was compared
+            with. `mlj.load_adapter` compares them with the model, `verify` with a directory.
     """
+    adapter = read_with_base(directory, dialect, **options)
+    warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
+    return adapter
+
+
+def read_with_base(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Adapter:
+    """`read` for callers that compare the adapter's `base_tensors` with a base model themselves."""
     with opened(directory, dialect, **options) as adapter:
-        return Adapter(adapter.config, {slot: np.asarray(tensor) for slot, tensor in adapter.tensors.items()})
+        of_base = _in_memory(adapter.base_tensors)
+        return Adapter(adapter.config, _in_memory(adapter.tensors), base_tensors=of_base)
+
+
+def _in_memory(tensors: Mapping[Any, Tensor]) -> dict[Any, np.ndarray]:
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -102,7 +120,11 @@ def write(
     Raises:
         CheckpointError: the layout cannot hold something, or the disk refuses; the old checkpoint is then intact.
         ConfigError: the layout cannot express a config field that is not in `allow_loss`.
+
+    Warns:
+        UserWarning: the adapter came with tensors of its base model (`Adapter.base_tensors`), which are not written.
     """
+    warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
     table, config = dialect_named(dialect), adapter.config
     raw = _raw_config(table, adapter, allow_loss)
     rules = table.specialised(raw).rules

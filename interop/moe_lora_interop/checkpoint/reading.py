@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes, resolved
+from moe_lora_interop.checkpoint.base_tensors import check_no_whole_modules, left_out
 from moe_lora_interop.checkpoint.detection import dialect_of
 from moe_lora_interop.checkpoint.directory import Directory
 from moe_lora_interop.checkpoint.prototypes import complete_prototypes
@@ -15,6 +16,7 @@ from moe_lora_interop.disk.digest import NAME as DIGEST
 from moe_lora_interop.disk.digest import digest
 from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.rules.base_tensors import PREFIX, base_tensors, whole_modules
 from moe_lora_interop.rules.configs import config_of
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import ByRule, Canonical, Sizes, claimed, differing, moved
@@ -85,6 +87,7 @@ class Reading:
         Raises:
             CheckpointError, ConfigError: with every problem found.
         """
+        check_no_whole_modules(self._path, self.stored.raw, self.stored.infos)
         config, (by_rule, unexpected) = self.config, self._claimed
         problems = [*unexpected]
         tensors, copies = moved(by_rule, config_sizes(config), problems)
@@ -94,12 +97,22 @@ class Reading:
         if self.dialect.signed:
             _check_digest(self._path, config, self.stored.tensors(), self.stored.metadata)
         try:
-            adapter = OpenAdapter(config, tensors, self.dialect, self.stored.metadata)
+            adapter = OpenAdapter(
+                config, tensors, self.dialect, self.stored.metadata, base_tensors=base_tensors(by_rule)
+            )
         except CheckpointError as error:
             problems += error.problems
         if problems:
             raise self._incomplete(problems)
         return adapter
+
+    def notes(self) -> list[str]:
+        """What else the files hold: tensors of the base model, and modules that were trained whole."""
+        names = self.stored.raw.get("modules_to_save")
+        whole = whole_modules(names, self.stored.infos) if isinstance(names, list) else []
+        found = {n: t for n, t in base_tensors(self._claimed[0]).items() if f"{PREFIX}{n}" not in whole}
+        trained = [f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole]
+        return [*left_out(found), *trained]
 
     def _incomplete(self, problems: list[str]) -> CheckpointError:
         hint = [self.dialect.hint] if self.dialect.hint else []

@@ -50,6 +50,8 @@ def inspect(
         ("size", f"{found.parameters:,} parameters, {found.bytes:,} bytes"),
     ):
         console.print(Text.assemble((f"{name:>10}", "bold"), f"  {printable(str(value))}"), highlight=False)
+    for note in found.notes:
+        console.print(Text.assemble((f"{'note':>10}", "bold"), f"  {printable(note)}"), highlight=False)
     return 0
 
 

@@ -1,5 +1,6 @@
 """PEFT's ordinary LoRA (arXiv:2106.09685): a mixture of one expert, without a router."""
 
+from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect, Field
 from moe_lora_interop.rules.lora_fields import INERT, LORA
 from moe_lora_interop.rules.tensors import Rule
@@ -12,6 +13,7 @@ PLAIN_LORA = Dialect(
     rules=(
         Rule("lora_A", f"{_PREFIX}.lora_A.weight", "rank in"),
         Rule("lora_B", f"{_PREFIX}.lora_B.weight", "out rank"),
+        *BASE_TENSORS,
     ),
     needs=frozenset({"lora_A", "lora_B"}),
     fields=(

@@ -1,6 +1,7 @@
 """Native format version 1: what PEFT's own save_pretrained writes for the MOE_LORA tuner. See FORMAT.md."""
 
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE
+from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import Rule
 
@@ -18,6 +19,7 @@ NATIVE = Dialect(
         Rule("router_{j}", "base_model.moe_lora_router_{j}.weight", "unit in", module=""),
         Rule("router_bias_{j}", "base_model.moe_lora_router_{j}.bias", "unit", module=""),
         Rule("task_embedding", "base_model.moe_lora_task_embedding.weight", "task dim", module=""),
+        *BASE_TENSORS,
     ),
     needs=frozenset({"lora_A", "lora_B"}),
     own_config=True,

@@ -1,5 +1,6 @@
 """LoRA experts and a global `router.*` in one file: a blog post's layout, which stock PEFT loads without the router."""
 
+from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect, Field, Option
 from moe_lora_interop.rules.lora_fields import INERT, LORA
 from moe_lora_interop.rules.tensors import Rule
@@ -17,6 +18,7 @@ PEFT_ROUTER = Dialect(
         Rule("lora_B", f"{_PREFIX}.lora_B.weight", "out rank"),
         Rule("router_0", "router.weight", "unit in", module=""),
         Rule("router_bias_0", "router.bias", "unit", module=""),
+        *BASE_TENSORS,
     ),
     needs=frozenset({"lora_A", "lora_B", "router_0"}),
     fields=(Field("r", "r"), Field("use_rslora", "use_rslora", default=False), *LORA),

@@ -1,5 +1,6 @@
 """PEFT's Poly and MHR (arXiv:2202.13914, 2211.03831): a task table per layer; weights are mixed, not outputs."""
 
+from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect, Field
 from moe_lora_interop.rules.lora_fields import BOOKKEEPING, INERT, TARGETS
 from moe_lora_interop.rules.tensors import Rule
@@ -13,6 +14,7 @@ POLY = Dialect(
         Rule("lora_A", f"{_PREFIX}.poly_lora_A", "split expert in rank", canonical_axes="expert rank (split in)"),
         Rule("lora_B", f"{_PREFIX}.poly_lora_B", "split expert rank out", canonical_axes="expert (split out) rank"),
         Rule("task_embedding", f"{_PREFIX}.poly_router.module_logits", "task dim"),
+        *BASE_TENSORS,
     ),
     needs=frozenset({"lora_A", "lora_B", "task_embedding"}),
     fields=(

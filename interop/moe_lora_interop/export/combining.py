@@ -9,6 +9,7 @@ import numpy as np
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.checkpoint.prototypes import prototypes
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.export.plain_lora import Factors, read_plain_lora
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
@@ -66,6 +67,10 @@ def combine(
         ]
     if not allow_different_bases:
         problems += _base_problems(adapters)
+    of_base: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        problems += [f"{name}: {problem}" for problem in _unequal(adapter.base_tensors, of_base)]
+        of_base = {**adapter.base_tensors, **of_base}
     if problems:
         raise CheckpointError("these adapters cannot be combined", problems)
 
@@ -84,7 +89,7 @@ def combine(
         a, b = _stacked(factors[module])
         tensors[module, "lora_A"], tensors[module, "lora_B"] = a, b
         tensors[module, "router"] = make_rows(a, b)
-    return Adapter(config, tensors)
+    return Adapter(config, tensors, base_tensors=of_base)
 
 
 def _read_all(directories: Sequence[str | os.PathLike[str]], on_progress: OnProgress) -> dict[str, Adapter]:
@@ -122,6 +127,15 @@ def _base_problems(adapters: Mapping[str, Adapter]) -> list[str]:
         f"{name}: base model {base!r}{f', revision {revision!r}' if revision else ''}; the adapters must be for the "
         "same one"
         for name, (base, revision) in bases.items()
+    ]
+
+
+def _unequal(found: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
+    both = [name for name in found if name in others]
+    return [
+        f"{name}: other values than in the adapters before, whose base model was another"
+        for name in both
+        if (found[name].dtype, found[name].tobytes()) != (others[name].dtype, others[name].tobytes())
     ]
 
 

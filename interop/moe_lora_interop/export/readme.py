@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from moe_lora_interop.checkpoint.card import is_hub_id
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.base_name import hub_name
 from moe_lora_interop.config.in_words import routing_in_words
 
 _LORA_CODE = """```python
@@ -30,7 +30,8 @@ def readme(title: str, what: str, notes: Sequence[str], config: MoeLoraConfig, *
         is_model: whether it is a whole model and no adapter.
     """
     base = config.base_model_name_or_path or ""
-    of_base = f"base_model: {json.dumps(base)}\n" if is_hub_id(base) else ""
+    known = hub_name(base) if base else None
+    of_base = "" if known is None else f"base_model: {json.dumps(known.id)}\n"
     lines = "\n".join(f"- {note}" for note in notes)
     code = _MODEL_CODE if is_model else _LORA_CODE
     library = "transformers" if is_model else "peft"

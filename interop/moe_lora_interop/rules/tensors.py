@@ -121,7 +121,8 @@ class Rule:
         module: template of the canonical module path; "" is the model itself.
         canonical_axes: the same tensor's canonical axes, where joined axes must be told apart.
         copy: "" for a tensor of its own; "same" for a duplicate of another rule's tensor, compared bit by bit when read
-            and written only on request; "dead" for one that no forward pass uses: ignored, never written.
+            and written only on request; "dead" for one that no forward pass uses: ignored, never written; "base" for
+            one of the base model: never written (see `base_tensors`).
     """
 
     role: str
@@ -129,7 +130,7 @@ class Rule:
     axes: str
     module: str = "{module}"
     canonical_axes: str = ""
-    copy: Literal["", "same", "dead"] = ""
+    copy: Literal["", "same", "dead", "base"] = ""
 
     @cached_property
     def stored(self) -> Side:
@@ -184,7 +185,8 @@ def moved(by_rule: ByRule, sizes: Sizes, problems: list[str]) -> tuple[Canonical
     """The second: tensors in canonical axes, and the duplicates among them. It reads no tensor that is in a file."""
     canonical: Canonical = {}
     copies: Copies = []
-    for rule, tensors in sorted(by_rule.items(), key=lambda item: item[0].copy):  # "" before "same"
+    own = {rule: tensors for rule, tensors in by_rule.items() if rule.copy != "base"}
+    for rule, tensors in sorted(own.items(), key=lambda item: item[0].copy):  # "" before "same"
         for name, tensor in move(tensors, rule.stored, rule.canonical, sizes, problems):
             module, role = name.rsplit("|", 1)
             first = canonical.setdefault((module, role), tensor)
@@ -212,7 +214,7 @@ def encode(
     problems = []
     for (module, role), tensor in canonical.items():
         name = f"{module}|{role}"
-        fitting = [r for r in rules if r.copy != "dead" and r.canonical.bind(name) is not None]
+        fitting = [r for r in rules if r.copy in ("", "same") and r.canonical.bind(name) is not None]
         if len({r.lacks_experts for r in fitting}) > 1:
             plain = sizes(module).get("expert") == 1
             fitting = [r for r in fitting if r.lacks_experts == plain]
