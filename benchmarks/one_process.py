@@ -31,7 +31,7 @@ def main(verb: str, *arguments: str) -> None:
     before, start = most_memory(), time.perf_counter()
     if verb == "convert":
         source, target, layout, to = arguments
-        moe_lora_interop.convert(source, target, dialect=layout, to=to)
+        moe_lora_interop.convert(source, target, layout=layout, to=to)
     else:
         cli([verb, *arguments])
     seconds = time.perf_counter() - start

@@ -32,7 +32,7 @@ def help_text(point):
     return out.getvalue().strip()
 
 
-def dialects(_):
+def layouts(_):
     """The table of layouts."""
     rows = ["| layout | source | options (* required) | expresses |", "|---|---|---|---|"]
     for known in map(describe, file_dialects()):
@@ -48,4 +48,4 @@ def file(path):
     return re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE)
 
 
-BLOCKS = {"commands": commands, "dialects": dialects, "file": file}
+BLOCKS = {"commands": commands, "layouts": layouts, "file": file}

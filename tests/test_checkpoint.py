@@ -186,7 +186,7 @@ def test_damaged_and_missing_directories_leave_the_model_alone(tmp_path):
     save_pretrained(adapted(), tmp_path / "out")
     loading_fails(Toy(), tmp_path)
     loading_fails(Toy(), tmp_path / "nowhere")
-    loading_fails(Toy(), tmp_path / "out", dialect="no such layout")
+    loading_fails(Toy(), tmp_path / "out", layout="no such layout")
     loading_fails(Toy(), tmp_path / "out", no_such_option=1)
     raw = bytearray((tmp_path / "out" / WEIGHTS).read_bytes())
     raw[-1] ^= 1

@@ -61,7 +61,7 @@ def test_inspect_describes_the_file(tmp_path, dtype):
     moe_lora_interop.write(adapter, tmp_path)
     found = moe_lora_interop.inspect(tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
-    assert (found.dialect, found.config) == ("native", adapter.config)
+    assert (found.layout, found.config) == ("native", adapter.config)
     assert found.parameters == sum(t.size for t in stored.values())
     assert found.bytes == sum(t.nbytes for t in stored.values())
     assert {n: t.shape for n, t in found.tensors.items()} == {n: t.shape for n, t in stored.items()}
@@ -239,7 +239,7 @@ def test_a_wrong_base_directory_is_an_error(tmp_path, kind):
 def test_other_layouts_are_inspected_and_verified(name):
     peer = Peer(name)
     found = moe_lora_interop.inspect(peer.directory, **peer.options)
-    assert found.dialect == moe_lora_interop.detect(peer.directory)
+    assert found.layout == moe_lora_interop.detect(peer.directory)
     assert found.config == moe_lora_interop.read(peer.directory, **peer.options).config
     if not peer.options:
         assert [f.level for f in moe_lora_interop.verify(peer.directory)] == ["note"]  # no digest

@@ -1,4 +1,4 @@
-"""`moe-lora convert` and `moe-lora dialects`."""
+"""`moe-lora convert` and `moe-lora layouts`."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 import moe_lora_interop
-from moe_lora_interop.cli.convert import convert, describe, dialects, parse_options
+from moe_lora_interop.cli.convert import convert, describe, layouts, parse_options
 from moe_lora_interop.dialects.registry import file_dialects
 from tests.adapters import make_adapter
 from tests.peers_data import Peer
@@ -113,11 +113,11 @@ def test_options_are_json_or_text():
     )
 
 
-def test_dialects_lists_every_layout(capsys, monkeypatch):
+def test_layouts_lists_every_layout(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    run(dialects)
+    run(layouts)
     shown = capsys.readouterr().out
-    run(dialects, "--json")
+    run(layouts, "--json")
     listed = {d["name"]: d for d in json.loads(capsys.readouterr().out)}
     assert listed.keys() == {d.name for d in file_dialects()} and all(name in shown for name in listed)
     assert listed["mola"]["options"][0] == {

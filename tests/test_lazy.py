@@ -110,7 +110,7 @@ def test_a_source_that_breaks_during_the_conversion_leaves_nothing(tmp_path, lay
 
     monkeypatch.setattr("moe_lora_interop.checkpoint.read_write.write", write)
     with pytest.raises(CheckpointError, match=f"{source}/{WEIGHTS_NAME}: .*shorter"):
-        moe_lora_interop.convert(source, target, dialect=layouts[0])
+        moe_lora_interop.convert(source, target, layout=layouts[0])
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
@@ -118,7 +118,7 @@ def test_a_directory_may_be_converted_into_itself(tmp_path, layouts):
     adapter = ffn_adapter()
     moe_lora_interop.write(adapter, tmp_path)
     moe_lora_interop.convert(tmp_path, tmp_path, to=layouts[0])
-    moe_lora_interop.convert(tmp_path, tmp_path, dialect=layouts[0])
+    moe_lora_interop.convert(tmp_path, tmp_path, layout=layouts[0])
     assert_same_tensors(moe_lora_interop.read(tmp_path).tensors, adapter.tensors)
 
 
@@ -140,7 +140,7 @@ def test_every_byte_is_read_once_and_once_more_for_the_digest(tmp_path, layouts,
     monkeypatch.setattr(Counted, "tensor_bytes", counted, raising=False)
     monkeypatch.setattr(files, "opened", lambda path, what: Counted(io.FileIO(path)))
     loss = ["router_aux_loss"]  # what is counted is the tensors
-    moe_lora_interop.convert(tmp_path / "source", tmp_path / "target", to=target, dialect=source, allow_loss=loss)
+    moe_lora_interop.convert(tmp_path / "source", tmp_path / "target", to=target, layout=source, allow_loss=loss)
     assert sum(counted) == times * sum(t.nbytes for t in adapter.tensors.values())
 
 
@@ -154,7 +154,7 @@ def test_a_conversion_has_a_few_tensors_in_memory_and_not_the_file(tmp_path, lay
     tracemalloc.start()
     try:
         moe_lora_interop.convert(
-            tmp_path / "source", tmp_path / "target", to=target, dialect=source, allow_loss=["router_aux_loss"]
+            tmp_path / "source", tmp_path / "target", to=target, layout=source, allow_loss=["router_aux_loss"]
         )
         peak = tracemalloc.get_traced_memory()[1]
     finally:

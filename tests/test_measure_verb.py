@@ -109,7 +109,7 @@ def test_the_report_compares_next_token_distributions(made, tmp_path, capsys):
     assert shown.split("against")[1] in (tmp_path / "out" / "README.md").read_text() + "\n"
 
     full = mlj.load_adapter(mlj.load_base_model(made / "base"), made / "ffn")
-    other = mlj.load_adapter(mlj.load_base_model(made / "base"), tmp_path / "out" / "expert_1", dialect="lora")
+    other = mlj.load_adapter(mlj.load_base_model(made / "base"), tmp_path / "out" / "expert_1", layout="lora")
     kl, same = [], []
     for example in read_data(made / "data.jsonl", load_tokenizer(made / "base"), max_length=512).examples:
         p, q = (np.asarray(forward(m, example.ids[None])[0], np.float64) for m in (full, other))

@@ -27,7 +27,7 @@ VERBS = {point.name: point for point in entry_points(group=cli.GROUP)}
 COMMANDS = {
     "inspect": ("inspect trained", "layout", ["reading"]),
     "verify": ("verify trained", "sound", ["checking"]),
-    "dialects": ("dialects", "xlora", []),
+    "layouts": ("layouts", "xlora", []),
     "convert": ("convert trained OUT --to mole", "", ["converting"]),
     "combine": (
         "combine experts/expert_0 experts/expert_1 OUT",

@@ -63,7 +63,7 @@ def shell(directory: Path, extras: set[str]) -> None:
     program = Path(sys.executable).with_name("moe-lora")
     with tempfile.TemporaryDirectory() as folder:
         for arguments in (
-            ["dialects"],
+            ["layouts"],
             ["inspect", directory],
             ["verify", directory],
             ["export", directory, f"{folder}/experts", "--as", "lora-experts"],

@@ -81,7 +81,7 @@ def load_adapter(
     model: nnx.Module,
     source: str | os.PathLike[str] | Adapter,
     *,
-    dialect: str | None = None,
+    layout: str | None = None,
     rngs: nnx.Rngs | None = None,
     param_dtype: Any = jnp.float32,
     spec: ModelSpec | None = None,
@@ -92,7 +92,7 @@ def load_adapter(
     Args:
         model: a base model without an adapter.
         source: a directory in any readable layout, or an `moe_lora_interop.Adapter`.
-        dialect: the layout's name, as for `moe_lora_interop.read`.
+        layout: the layout's name, as for `moe_lora_interop.read`.
         options: what the layout does not record, as for `moe_lora_interop.read`.
         rngs: stream "dropout", for training on; default `nnx.Rngs(0)`.
         param_dtype: dtype in which A and B are kept and trained; routers are then in fp32. `save_pretrained` writes the
@@ -106,7 +106,7 @@ def load_adapter(
     """
     if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
-    adapter = source if isinstance(source, Adapter) else read_with_base(source, dialect, **options)
+    adapter = source if isinstance(source, Adapter) else read_with_base(source, layout, **options)
     adapter, dtypes = for_training(adapter, param_dtype)
     config = adapter.config
     if config.modules_to_save:

@@ -18,7 +18,7 @@ def generate(
     prompt: str,
     *,
     adapter: Path | None = None,
-    dialect: str | None = None,
+    layout: str | None = None,
     chat: bool = False,
     chat_template: Path | None = None,
     max_new_tokens: int = 64,
@@ -36,7 +36,7 @@ def generate(
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
         prompt: the text to continue.
         adapter: a mixture-of-LoRA adapter for this model, in any readable layout.
-        dialect: that layout's name; None detects it.
+        layout: that layout's name; None detects it.
         chat: pass the prompt as the user's message through the tokenizer's chat template. Generation ends where the
             template ends the assistant's turn.
         chat_template: a file with a Jinja template, instead of the tokenizer's own.
@@ -83,7 +83,7 @@ def generate(
         base = load_base_model(model, dtype=None if dtype == "stored" else dtype)
         if adapter is not None:
             bar.stage("reading the adapter")
-            load_adapter(base, adapter, dialect=dialect)
+            load_adapter(base, adapter, layout=layout)
         bar.stage("compiling, then generating")
         try:
             with explained(f"generating {max_new_tokens} tokens after {len(ids)}", STEPS):

@@ -25,7 +25,7 @@ def measure(
     exported: Path | None = None,
     task: tuple[int, ...] = (),
     max_length: int = 512,
-    dialect: Layout = None,
+    layout: Layout = None,
     options: Options = (),
     json: Json = False,
     quiet: Quiet = False,
@@ -41,7 +41,7 @@ def measure(
             alone, with the mixture's. The table also goes into its README.md.
         task: With --exported: the task id that the mixture gets, or several to average (adapters that route by task).
         max_length: Tokens of an example that are used.
-        dialect: The layout of the source; detected if not given.
+        layout: The layout of the source; detected if not given.
         options: What the source's layout does not record; VALUE is JSON or plain text. Repeatable.
     """
     problems = []
@@ -59,7 +59,7 @@ def measure(
     shell = Shell(quiet=quiet, json=json)
     report = None
     with shell.progress("reading the adapter") as bar:
-        adapter = checkpoint.read(source, dialect, **parse_options(options))
+        adapter = checkpoint.read(source, layout, **parse_options(options))
         if means is not None:
             _require_means(adapter)
         if exported is not None and (task or adapter.config.router_input == "task"):

@@ -18,7 +18,7 @@ def report(
     data: Path,
     output: Path | None = None,
     max_length: int = 512,
-    dialect: Layout = None,
+    layout: Layout = None,
     options: Options = (),
     json: Json = False,
     quiet: Quiet = False,
@@ -34,7 +34,7 @@ def report(
         data: JSONL, as for training; a key "topic" in its lines tells topics apart.
         output: The page; report.html in the adapter's directory if not given.
         max_length: Tokens of an example that are used.
-        dialect: The layout of the adapter; detected if not given.
+        layout: The layout of the adapter; detected if not given.
         options: What the layout does not record; VALUE is JSON or plain text. Repeatable.
     """
     shell = Shell(quiet=quiet, json=json)
@@ -51,7 +51,7 @@ def report(
 
     page = output or directory / "report.html"
     with shell.progress("reading the adapter and the model") as bar:
-        adapter = moe_lora_interop.read(directory, dialect, **parse_options(options))
+        adapter = moe_lora_interop.read(directory, layout, **parse_options(options))
         tokenizer = load_tokenizer(model)
         base = load_base_model(model)
         vocabulary = base.config.vocab_size

@@ -100,7 +100,7 @@ def train(
         apply_moe_lora(base, fresh, rngs=rngs)
     else:
         assert adapter.init_adapter is not None
-        start = read_with_base(adapter.init_adapter, adapter.init_dialect)
+        start = read_with_base(adapter.init_adapter, adapter.init_layout)
         load_adapter(base, dataclasses.replace(start, config=dataclasses.replace(start.config, **fields)), rngs=rngs)
     shell.say(f"base model: {summary(base).base}")
     if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it

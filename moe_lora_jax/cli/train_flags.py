@@ -39,7 +39,7 @@ class AdapterFlags:
         adapter_config: JSON with any fields of adapter_config.json, for those that have no flag.
         init_adapter: continue from this adapter (any readable layout). It brings its own config; of the flags above, a
             dropout or loss coefficient that is given wins over it, 0 too, and the others are refused.
-        init_dialect: that layout's name; None detects it.
+        init_layout: that layout's name; None detects it.
         base_name: what the adapter calls its base model, for example the id on the Hugging Face Hub. None: the Hub's
             name that the path or config.json tells, else the path.
     """
@@ -54,7 +54,7 @@ class AdapterFlags:
     router_z_loss_coef: Annotated[float | None, otherwise(MoeLoraConfig.router_z_loss_coef)] = None
     adapter_config: Path | None = None
     init_adapter: Path | None = None
-    init_dialect: str | None = None
+    init_layout: str | None = None
     base_name: str | None = None
 
     def fields(self) -> dict[str, Any]:

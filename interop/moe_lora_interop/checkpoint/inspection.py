@@ -29,7 +29,7 @@ class Inspection:
     """What a checkpoint says about itself.
 
     Attributes:
-        dialect: the layout's name.
+        layout: the layout's name.
         config: the adapter's config.
         routing: the routing rule in words.
         tensors: {stored name: dtype and shape}.
@@ -39,7 +39,7 @@ class Inspection:
         notes: what else the file holds: tensors of the base model, whole modules.
     """
 
-    dialect: str
+    layout: str
     config: MoeLoraConfig
     routing: str
     tensors: dict[str, TensorInfo]
@@ -62,18 +62,18 @@ class Finding:
     message: str
 
 
-def inspect(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Inspection:
+def inspect(directory: str | os.PathLike[str], layout: str | None = None, **options: Any) -> Inspection:
     """Describes a checkpoint from its config and its header, without reading a tensor or checking the digest.
 
     Args:
         directory: the checkpoint, in any layout (a .bin or .npz file has no header and is read).
-        dialect: the layout's name; None detects it.
+        layout: the layout's name; None detects it.
         options: what the layout does not record, as for `read`.
 
     Raises:
         CheckpointError, ConfigError: it is not a checkpoint in a known layout.
     """
-    with between_saves(directory, dialect, options, _inspection) as found:
+    with between_saves(directory, layout, options, _inspection) as found:
         return found
 
 

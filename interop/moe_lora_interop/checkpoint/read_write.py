@@ -31,13 +31,13 @@ RETRIES = 5
 Result = TypeVar("Result")
 
 
-def read(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Adapter:
+def read(directory: str | os.PathLike[str], layout: str | None = None, **options: Any) -> Adapter:
     """Reads an adapter.
 
     Args:
         directory: the checkpoint.
-        dialect: the layout's name; None detects it from the tensors' names and the config.
-        options: what the layout does not record (`moe-lora dialects` lists them).
+        layout: the layout's name; None detects it from the tensors' names and the config.
+        options: what the layout does not record (`moe-lora layouts` lists them).
 
     Raises:
         CheckpointError, ConfigError: with every problem found.
@@ -46,14 +46,14 @@ def read(directory: str | os.PathLike[str], dialect: str | None = None, **option
         UserWarning: the file also holds tensors of the base model (`Adapter.base_tensors`), which nothing was compared
             with. `mlj.load_adapter` compares them with the model, `verify` with a directory.
     """
-    adapter = read_with_base(directory, dialect, **options)
+    adapter = read_with_base(directory, layout, **options)
     warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
     return adapter
 
 
-def read_with_base(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Adapter:
+def read_with_base(directory: str | os.PathLike[str], layout: str | None = None, **options: Any) -> Adapter:
     """`read` for callers that compare the adapter's `base_tensors` with a base model themselves."""
-    with opened(directory, dialect, **options) as adapter:
+    with opened(directory, layout, **options) as adapter:
         of_base = _in_memory(adapter.base_tensors)
         return Adapter(adapter.config, _in_memory(adapter.tensors), base_tensors=of_base)
 
@@ -63,18 +63,18 @@ def _in_memory(tensors: Mapping[Any, Tensor]) -> dict[Any, np.ndarray]:
 
 
 @contextlib.contextmanager
-def opened(directory: str | os.PathLike[str], dialect: str | None = None, **options: Any) -> Iterator[OpenAdapter]:
+def opened(directory: str | os.PathLike[str], layout: str | None = None, **options: Any) -> Iterator[OpenAdapter]:
     """The adapter that `read` reads, checked as there, but its tensors are read when asked for (`disk.lazy`).
 
     The files stay open within the context, so that a save in the meantime changes nothing.
     """
-    with between_saves(directory, dialect, options, Reading.adapter) as adapter:
+    with between_saves(directory, layout, options, Reading.adapter) as adapter:
         yield adapter
 
 
 @contextlib.contextmanager
 def between_saves(
-    path: str | os.PathLike[str], dialect: str | None, options: Mapping[str, Any], look: Callable[[Reading], Result]
+    path: str | os.PathLike[str], layout: str | None, options: Mapping[str, Any], look: Callable[[Reading], Result]
 ) -> Iterator[Result]:
     """What `look` finds in a directory, all of it of one save, although another process may be saving there.
 
@@ -85,7 +85,7 @@ def between_saves(
         with Directory(path) as directory:
             try:
                 with naming_unread(path):
-                    reading = Reading(directory, dialect, options)
+                    reading = Reading(directory, layout, options)
                     found = look(reading)
             except (CheckpointError, ConfigError):
                 # asked in this order, a save that ends between the two questions has changed something
@@ -103,7 +103,7 @@ def between_saves(
 def write(
     adapter: Adapter,
     directory: str | os.PathLike[str],
-    dialect: str = "native",
+    layout: str = "native",
     *,
     allow_loss: Collection[str] = (),
     duplicates: bool = False,
@@ -113,7 +113,7 @@ def write(
     Args:
         adapter: what to write.
         directory: created if missing; an older checkpoint in it is replaced as a whole.
-        dialect: the layout's name.
+        layout: the layout's name.
         allow_loss: config fields that may be lost because the layout cannot express them.
         duplicates: also write the tensors that a layout's own program stores twice.
 
@@ -125,12 +125,12 @@ def write(
         UserWarning: the adapter came with tensors of its base model (`Adapter.base_tensors`), which are not written.
     """
     warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
-    table, config = dialect_named(dialect), adapter.config
+    table, config = dialect_named(layout), adapter.config
     raw = _raw_config(table, adapter, allow_loss)
     rules = table.specialised(raw).rules
     tensors, problems = encode(rules, adapter.tensors, config_sizes(config), duplicates=duplicates)
     if problems:
-        raise CheckpointError(f"cannot be written as {dialect}", problems)
+        raise CheckpointError(f"cannot be written as {layout}", problems)
     writers = {}
     target = Path(directory)
     if table.card and not will_remain(target, CARD_NAME):
@@ -162,12 +162,12 @@ def convert(
     target: str | os.PathLike[str],
     *,
     to: str = "native",
-    dialect: str | None = None,
+    layout: str | None = None,
     allow_loss: Collection[str] = (),
     duplicates: bool = False,
     **options: Any,
 ) -> None:
-    """Reads `source` (layout `dialect`, or detected; options as for `read`) and writes it to `target` in layout `to`.
+    """Reads `source` (layout `layout`, or detected; options as for `read`) and writes it to `target` in layout `to`.
 
     One tensor is in memory at a time, except with .bin and .npz files, which are read and written as a whole.
     `allow_loss` and `duplicates` as for `write`.
@@ -175,5 +175,5 @@ def convert(
     Raises:
         CheckpointError, ConfigError: unreadable, or the target layout cannot express something.
     """
-    with opened(source, dialect, **options) as adapter:
+    with opened(source, layout, **options) as adapter:
         write(adapter, target, to, allow_loss=allow_loss, duplicates=duplicates)

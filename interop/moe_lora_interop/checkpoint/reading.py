@@ -43,9 +43,9 @@ class Reading:
         stored: what it finds.
     """
 
-    def __init__(self, directory: Directory, dialect: str | None, options: Mapping[str, Any]):
+    def __init__(self, directory: Directory, layout: str | None, options: Mapping[str, Any]):
         """Raises CheckpointError: not in this layout (None: in none that is known), or a part of it is unreadable."""
-        found = dialect_of(directory, dialect)
+        found = dialect_of(directory, layout)
         self._path, self._options = directory.path, options
         self.stored = directory.stored(found, options)
         self.dialect = found.specialised(self.stored.raw)

@@ -1,4 +1,4 @@
-"""The shell verbs that change a checkpoint's layout: `convert`, `dialects` and `combine`."""
+"""The shell verbs that change a checkpoint's layout: `convert`, `layouts` and `combine`."""
 
 import dataclasses
 import json
@@ -37,20 +37,20 @@ def convert(
     target: Target,
     *,
     to: str,
-    dialect: Layout = None,
+    layout: Layout = None,
     options: Options = (),
     allow_loss: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
     duplicates: bool = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert an adapter from one layout to another. `moe-lora dialects` lists them.
+    """Convert an adapter from one layout to another. `moe-lora layouts` lists them.
 
     Args:
         source: The adapter's directory.
         target: A new or empty directory.
         to: The layout to write; native is ours.
-        dialect: The layout of the source; detected if not given.
+        layout: The layout of the source; detected if not given.
         options: What the source's layout does not record; VALUE is JSON or plain text. Repeatable.
         allow_loss: A config field that may be lost because the target cannot express it. Repeatable.
         duplicates: Also write the tensors that the target's own program stores twice.
@@ -60,14 +60,14 @@ def convert(
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("converting"), explained("converting", STEPS):
         table = dialect_named(to)
-        with checkpoint.opened(source, dialect, **parse_options(options)) as adapter:
+        with checkpoint.opened(source, layout, **parse_options(options)) as adapter:
             checkpoint.write(adapter, require_empty(target), to, allow_loss=allow_loss, duplicates=duplicates)
-    needed, layout = options_of(table, adapter.config, adapter.modules), adapter.dialect.name
-    shell.say(f"{source} ({layout}) -> {target} ({to}): {len(adapter.tensors)} tensors")
+    needed, found = options_of(table, adapter.config, adapter.modules), adapter.dialect.name
+    shell.say(f"{source} ({found}) -> {target} ({to}): {len(adapter.tensors)} tensors")
     if needed:
         shell.say(f"{to} does not record everything; to read it back: {_as_flags(needed)}")
     shell.give(
-        {"source": source, "from": layout, "target": target, "to": to, "tensors": len(adapter.tensors)}
+        {"source": source, "from": found, "target": target, "to": to, "tensors": len(adapter.tensors)}
         | {"options": needed}
     )
 
@@ -99,7 +99,7 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def dialects(*, json: Json = False, quiet: Quiet = False) -> None:
+def layouts(*, json: Json = False, quiet: Quiet = False) -> None:
     """List the layouts: where each comes from, what must be given, what it can and cannot express."""
     shell = Shell(quiet=quiet, json=json)
     known = [describe(d) for d in file_dialects()]

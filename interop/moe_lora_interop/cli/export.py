@@ -32,7 +32,7 @@ def export(
     task: tuple[int, ...] = (),
     base: Path | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    dialect: Layout = None,
+    layout: Layout = None,
     options: Options = (),
     json: Json = False,
     quiet: Quiet = False,
@@ -50,7 +50,7 @@ def export(
         task: For lora: the gates of this task id, or of the mean of several (adapters that route by task).
         base: For mixtral: the base model's directory.
         dtype: For mixtral: dtype of the model; the base's own if not given.
-        dialect: The layout of the source; detected if not given.
+        layout: The layout of the source; detected if not given.
         options: What the source's layout does not record; VALUE is JSON or plain text. Repeatable.
     """
     given = {"gates": gates, "task": task or None, "base": base, "dtype": dtype}
@@ -70,7 +70,7 @@ def export(
 
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("reading the adapter") as bar:
-        adapter = checkpoint.read(source, dialect, **parse_options(options))
+        adapter = checkpoint.read(source, layout, **parse_options(options))
         if form == "mixtral":
             assert base is not None
             bar.stage("writing the model's tensors")

@@ -17,7 +17,7 @@ from moe_lora_interop.errors import printable
 def inspect(
     directory: Annotated[Path, tyro.conf.Positional],
     *,
-    dialect: Layout = None,
+    layout: Layout = None,
     options: Options = (),
     json: Json = False,
     quiet: Quiet = False,
@@ -26,12 +26,12 @@ def inspect(
 
     Args:
         directory: The adapter's directory.
-        dialect: The layout; detected if not given.
+        layout: The layout; detected if not given.
         options: What the layout does not record; VALUE is JSON or plain text. Repeatable.
     """
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("reading"):
-        found = checks.inspect(directory, dialect, **parse_options(options))
+        found = checks.inspect(directory, layout, **parse_options(options))
     shell.give(found.to_dict())
     if json:
         return 0
@@ -41,9 +41,9 @@ def inspect(
         print(f"  {name:<{width}}  {info.dtype:<4}  {list(info.shape)}")
     print()
     console = Console()
-    config, version = found.config, dialect_named(found.dialect).metadata.get("format_version")
+    config, version = found.config, dialect_named(found.layout).metadata.get("format_version")
     for name, value in (
-        ("layout", found.dialect + (f", format version {version}" if version else "")),
+        ("layout", found.layout + (f", format version {version}" if version else "")),
         ("base model", config.base_model_name_or_path or "not recorded"),
         ("experts", f"{config.num_experts} of rank {config.r}, lora_alpha {config.lora_alpha}"),
         ("routing", found.routing),

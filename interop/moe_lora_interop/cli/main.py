@@ -17,8 +17,8 @@ GROUP = "moe_lora.verbs"
 # The first lines of our verbs' docstrings (a test compares): to import the verbs for them would take seconds.
 SUMMARIES = {
     "combine": "Make ordinary LoRA adapters the experts of a mixture.",
-    "convert": "Convert an adapter from one layout to another. `moe-lora dialects` lists them.",
-    "dialects": "List the layouts: where each comes from, what must be given, what it can and cannot express.",
+    "convert": "Convert an adapter from one layout to another. `moe-lora layouts` lists them.",
+    "layouts": "List the layouts: where each comes from, what must be given, what it can and cannot express.",
     "export": "Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.",
     "generate": "Continue a prompt, with or without an adapter.",
     "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.",
