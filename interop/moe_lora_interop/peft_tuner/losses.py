@@ -70,7 +70,8 @@ def moe_lora_aux_loss(
                     silent.append(name)
     if silent and not by_adapter:
         raise RuntimeError(f"{silent[0]}: no routing to compute a loss from; run a forward in training mode first")
-    total = torch.zeros((), device=next(model.parameters()).device)
+    device = next((layer.moe_lora_routing[a].logits.device for a, ls in by_adapter.items() for _, layer in ls), None)
+    total = torch.zeros((), device=device or next(model.parameters()).device)
     for adapter, layers in by_adapter.items():
         config = layers[0][1].moe_lora_config[adapter]
         decisions = [d for name, layer in layers for d in _decisions(name, layer, adapter, attention_mask)]

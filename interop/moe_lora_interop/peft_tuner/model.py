@@ -24,6 +24,7 @@ from moe_lora_interop.peft_tuner.loading import check_file, of_shared_router, wi
 from moe_lora_interop.peft_tuner.losses import moe_lora_aux_loss
 from moe_lora_interop.peft_tuner.mixed_batches import check_adapter_names, mixed_batch
 from moe_lora_interop.peft_tuner.model_router import task_routing
+from moe_lora_interop.peft_tuner.offload import give, is_between_dispatches
 from moe_lora_interop.peft_tuner.refusals import INJECTION_REFUSAL, MERGE_REFUSAL, WEIGHTED_REFUSAL
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
 from moe_lora_interop.peft_tuner.wiring import unwire, wire
@@ -47,6 +48,7 @@ class MoeLoraModel(BaseTuner):
     # --- injection ---------------------------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["aside"] = []
         injected = peft_config if isinstance(peft_config, PeftConfig) else None  # a PeftModel hands over a dict
         if isinstance(injected, MoeLoraConfig) and injected.scope != "linear" and hasattr(model, "load_adapter"):
             raise ConfigError("cannot be injected", [f"scope: {INJECTION_REFUSAL.format(scope=injected.scope)}"])
@@ -125,11 +127,28 @@ class MoeLoraModel(BaseTuner):
         if (reason := unsupported(base)) is not None:
             raise TypeError(f"target module {current_key!r} is not supported: {reason}")
         new = Linear(target)
+        new.path = current_key
         new._active_adapter = adapter_name
         new.update_layer(adapter_name, config, module)
         if adapter_name not in self.active_adapters:  # an additional adapter is not trained until it is activated
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's moves a new layer to where the base layer's weight is, which is nowhere if it is offloaded; ours is
+        already where that one computes."""
+        if isinstance(new_module, Linear):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's, which is the last thing that load_adapter does."""
+        for layer, name, entries in self.aside:
+            setattr(layer, name, entries)
+            layer._move_adapter_to_device_of_base_layer(adapter_name)
+        self.aside.clear()
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         super()._unload_and_optionally_merge(*args, **kwargs)
@@ -144,14 +163,54 @@ class MoeLoraModel(BaseTuner):
         return shared or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Every save of PEFT passes here.
+
+        Raises:
+            RuntimeError: a parameter has no value.
+        """
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if any(tensor.is_meta for tensor in found.values()):
+            for layer in _tuner_layers(model):
+                layer.require_values(adapter_name)
+            own = dict(model.named_parameters())
+            found = {key: own[key].detach() if tensor.is_meta else tensor for key, tensor in found.items()}
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Every load of PEFT passes here; raises CheckpointError as in `loading`."""
+        for layer in _tuner_layers(model):
+            layer.take_back()
         stored = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         file_name = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
-        widen_to_hold(check_file(stored, file_name, model, adapter_name), model)
+        own = check_file(stored, file_name, model, adapter_name)
+        widen_to_hold(own, model)
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, cls) and is_between_dispatches(model):
+            tuner._step_aside(own)
         return stored
+
+    def _step_aside(self, own: dict[str, Tensor]) -> None:
+        """Hides the adapter, with these values, from accelerate until `_cast_adapter_dtype`: the hooks that PEFT makes
+        for disk know only the values of parameters whose names in the file end in ".weight"."""
+        for name, parameter in self.model.named_parameters():
+            if name in own:
+                give(parameter, own[name])
+        for layer in _tuner_layers(self.model):
+            for name in layer.adapter_layer_names:
+                entries = getattr(layer, name)
+                self.aside.append((layer, name, entries))
+                setattr(layer, name, type(entries)())
 
     # --- mixed batches -----------------------------------------------------------------------------------------------
 
@@ -175,6 +234,10 @@ class MoeLoraModel(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: see `WEIGHTED_REFUSAL`."""
         raise ValueError(WEIGHTED_REFUSAL)
+
+
+def _tuner_layers(model: nn.Module) -> list[MoeLoraLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, MoeLoraLayer)]
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:

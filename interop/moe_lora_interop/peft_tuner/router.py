@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.peft_tuner.gating import RouterOutput, route
-from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL
+from moe_lora_interop.peft_tuner.offload import take_back
+from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL, NO_VALUE
 from moe_lora_interop.peft_tuner.shared import Shared
 
 ROUTER_STD = 0.02
@@ -34,6 +35,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         "moe_lora_shared",
         "moe_lora_routing",
     )
+
+    path = ""
+    """This layer's place in the model, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +98,28 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """The parameters of the adapter's router that stands here; none if none does."""
         return [p for name in MoeLoraLayer.adapter_layer_names for p in self.entry(name, adapter_name).parameters()]
 
+    def take_back(self) -> None:
+        """`offload.take_back` of all adapters' parameters here."""
+        for name in self.adapter_layer_names:
+            take_back(getattr(self, name))
+
+    def require_values(self, adapter_name: str) -> None:
+        """Called when a parameter of the adapter has no value: takes it back if accelerate has offloaded it.
+
+        Raises:
+            RuntimeError: nobody has its value.
+        """
+        self.take_back()
+        missing = [
+            f"{self.path}.{name}".removeprefix(".")
+            for name in self.adapter_layer_names
+            if adapter_name in (entries := getattr(self, name))
+            for key, parameter in entries.named_parameters()
+            if key.split(".")[0] == adapter_name and parameter.is_meta
+        ]
+        if missing:
+            raise RuntimeError(NO_VALUE.format(parameter=missing[0], name=adapter_name))
+
     def route(self, adapter_name: str, x: Tensor) -> RouterOutput:
         """The decision for every token of x [token, in]: z = (R x + b) / router_temperature, and gates."""
         noise = self.moe_lora_config[adapter_name].router_jitter_noise
@@ -106,8 +132,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def route_tasks(self, adapter_name: str, task_ids: Tensor) -> RouterOutput:
         """The decision for every sequence: x = T[id] for ids [batch]; for [batch, n] the mean of T[id] over the ids > 0
         (MOELoRA's rule). z = (R x + b) / router_temperature, or z = x / router_temperature without a router."""
+        table = self.moe_lora_task_embedding[adapter_name]
+        if _lacks_value(table):
+            self.require_values(adapter_name)
         with torch.autocast(task_ids.device.type, enabled=False):
-            rows = self.moe_lora_task_embedding[adapter_name](task_ids)
+            rows = table(task_ids)
             if task_ids.ndim == 2:
                 given = (task_ids > 0).to(rows)
                 rows = (rows * given[..., None]).sum(1) / given.sum(1, keepdim=True).clamp(min=1)
@@ -116,11 +145,14 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def _decide(self, adapter_name: str, x: Tensor) -> RouterOutput:
         """Routes x [row, in] in its dtype, whatever that of the adapter: fields [row, (split or layer,) expert]."""
         config, module = self.moe_lora_config[adapter_name], self.moe_lora_module_config[adapter_name]
+        router = self.entry("moe_lora_router", adapter_name)
+        linears = list(router) if isinstance(router, nn.ModuleList) else [router]
+        if any(map(_lacks_value, linears)):
+            self.require_values(adapter_name)
         tau: Tensor | float | None = config.threshold
         if config.adaptive_threshold and tau is not None:
             tau = tau * self.moe_lora_threshold[adapter_name](x).sigmoid()
-        router = self.entry("moe_lora_router", adapter_name)
-        for j, linear in enumerate(router if isinstance(router, nn.ModuleList) else [router]):
+        for j, linear in enumerate(linears):
             if j:
                 x = F.dropout(F.relu(x), config.router_dropout, self.training)
             x = linear(x)
@@ -164,3 +196,9 @@ class RouterTable(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return F.embedding(ids.to(self.weight.device), self.weight).to(dtype)
+
+
+def _lacks_value(module: nn.Module) -> bool:
+    """Whether the weight is on the meta device. Asked before the call, in which accelerate would lend it a value."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_meta
