@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -9,11 +10,12 @@ from torch.nn.modules.conv import _ConvNd
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.modules import order_problems, router_owners
-from moe_lora_interop.errors import ConfigError
+from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.peft_tuner.first_pass import unfit
 from moe_lora_interop.peft_tuner.layer import Linear, features
-from moe_lora_interop.peft_tuner.router import MoeLoraLayer
-from moe_lora_interop.peft_tuner.shared_router import CHILD
+from moe_lora_interop.peft_tuner.model_router import ModelRouter
+from moe_lora_interop.peft_tuner.router import MoeLoraLayer, RouterLinear, RouterTable
+from moe_lora_interop.peft_tuner.shared_router import CHILD, BlockRouter
 from moe_lora_interop.peft_tuner.wiring import block_problem
 
 
@@ -66,6 +68,52 @@ def check_adapter_name(adapter_name: str, paths: Any) -> None:
             f"adapter name {adapter_name!r} is also a part of this model's parameter names: PEFT would drop those "
             f"parameters from the files of other adapters. Choose another name, for example adapter_{adapter_name}"
         )
+
+
+def check_own_routers(model: nn.Module, adapter_name: str) -> None:
+    """A file holds the routers' weights and the rule as the config has it, so it can hold only our own routers.
+
+    Raises:
+        CheckpointError: a tuner layer or a router of the adapter is of another class, or computes otherwise.
+    """
+    problems = [
+        f"{'.'.join(filter(None, (path, name)))}: found {_class(found)}, expected {_class_name(wanted)}"
+        for path, layer in model.named_modules()
+        if isinstance(layer, MoeLoraLayer) and adapter_name in layer.moe_lora_config
+        for name, found, wanted in _parts(layer, adapter_name)
+        if not _computes_as(found, wanted)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"adapter {adapter_name!r} has routers of your own, which no file can describe (it would be read as the "
+            "config's rule): put ours back, or save the whole model with torch.save",
+            problems,
+        )
+
+
+def _parts(layer: MoeLoraLayer, adapter_name: str) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    """(name, module, the class that it must have) of the layer itself and of all that decides in it."""
+    yield "", layer, next((kind for kind in (Linear, BlockRouter, ModelRouter) if isinstance(layer, kind)), Linear)
+    for name in MoeLoraLayer.adapter_layer_names:
+        entry = layer.entry(name, adapter_name)
+        wanted = RouterTable if name == "moe_lora_task_embedding" else RouterLinear
+        for module in entry if type(entry) is nn.ModuleList else [entry]:
+            if adapter_name in getattr(layer, name):
+                yield f"{name}.{adapter_name}", module, wanted
+
+
+def _computes_as(module: nn.Module, wanted: type[nn.Module]) -> bool:
+    """Of this class, or what torch's sharding derives from it; with its forward, or accelerate's around it."""
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed.")]
+    return kinds[0] is wanted and ("forward" not in vars(module) or hasattr(module, "_hf_hook"))
+
+
+def _class(module: nn.Module) -> str:
+    return _class_name(type(module)) + (" with a forward of its own" if "forward" in vars(module) else "")
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def untouched_experts(model: nn.Module) -> dict[str, int]:

@@ -17,7 +17,12 @@ from moe_lora_interop.config.modules import block_of
 from moe_lora_interop.config.patterns import match_start
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.errors import ConfigError
-from moe_lora_interop.peft_tuner.checks import check_adapter_name, check_fit, warn_of_untouched_experts
+from moe_lora_interop.peft_tuner.checks import (
+    check_adapter_name,
+    check_fit,
+    check_own_routers,
+    warn_of_untouched_experts,
+)
 from moe_lora_interop.peft_tuner.config import MoeLoraConfig
 from moe_lora_interop.peft_tuner.layer import Linear, unsupported
 from moe_lora_interop.peft_tuner.loading import check_file, of_shared_router, widen_to_hold
@@ -174,8 +179,10 @@ class MoeLoraModel(BaseTuner):
         """Every save of PEFT passes here.
 
         Raises:
+            CheckpointError: a router is not ours, so that the config would not describe the function.
             RuntimeError: a parameter has no value.
         """
+        check_own_routers(model, adapter_name)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if any(tensor.is_meta for tensor in found.values()):
             for layer in _tuner_layers(model):
