@@ -32,6 +32,7 @@ from moe_lora_interop.peft_tuner.model_router import task_routing
 from moe_lora_interop.peft_tuner.offload import give, is_between_dispatches
 from moe_lora_interop.peft_tuner.refusals import INJECTION_REFUSAL, MERGE_REFUSAL, WEIGHTED_REFUSAL
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
+from moe_lora_interop.peft_tuner.unclaimed import UNCLAIMED, Watch
 from moe_lora_interop.peft_tuner.wiring import unwire, wire
 
 
@@ -42,9 +43,14 @@ class MoeLoraModel(BaseTuner):
     tuner_layer_cls = MoeLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    def moe_lora_aux_loss(self, attention_mask: Tensor | None = None, task_types: Tensor | None = None) -> Tensor:
+    def moe_lora_aux_loss(
+        self,
+        attention_mask: Tensor | None = None,
+        task_types: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """See `losses.moe_lora_aux_loss`. Also reachable as `peft_model.moe_lora_aux_loss()`."""
-        return moe_lora_aux_loss(self.model, attention_mask, task_types)
+        return moe_lora_aux_loss(self.model, attention_mask, task_types, decoder_attention_mask)
 
     def task_routing(self, task_ids: Any) -> AbstractContextManager[None]:
         """See `model_router.task_routing`: `with peft_model.base_model.task_routing(ids): ...`."""
@@ -91,6 +97,11 @@ class MoeLoraModel(BaseTuner):
                 trains = adapter_name in self.active_adapters and not config.inference_mode
                 for parameter in layer.router_parameters(adapter_name):
                     parameter.requires_grad_(trains)
+        if config.router_aux_loss_coef or config.router_z_loss_coef:
+            coefficients = {"balance": config.router_aux_loss_coef, "z": config.router_z_loss_coef}
+            watch = Watch(UNCLAIMED.format(name=adapter_name, **coefficients))
+            for layer in _tuner_layers(model):
+                layer.moe_lora_watch[adapter_name] = watch
         _warn_of_unused_patterns(config, model, adapter_name)
         resolved = config.neutral.resolved(chosen)
         for pattern in PATTERNS:  # said so that their order, which PEFT sorts when it saves, does not matter

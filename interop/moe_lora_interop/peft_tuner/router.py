@@ -12,6 +12,7 @@ from moe_lora_interop.peft_tuner.gating import RouterOutput, route
 from moe_lora_interop.peft_tuner.offload import take_back
 from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL, NO_VALUE
 from moe_lora_interop.peft_tuner.shared import Shared
+from moe_lora_interop.peft_tuner.unclaimed import Claim, Watch
 
 ROUTER_STD = 0.02
 
@@ -24,6 +25,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     moe_lora_task_embedding  Embedding(task, dim)        only with router_input task; dim = logit without a router
     moe_lora_shared          Shared                      where the gates, slots or task ids travel
     moe_lora_routing         RouterOutput                of the last forward in training mode, for losses and plots
+    moe_lora_watch           Watch                       only with auxiliary losses: whether somebody adds them
+    moe_lora_claim           Claim                       on the losses of `moe_lora_routing`
 
     `logit` counts num_experts x n_splits, times the routed layers for a layerwise router.
     """
@@ -34,6 +37,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         "moe_lora_module_config",
         "moe_lora_shared",
         "moe_lora_routing",
+        "moe_lora_watch",
+        "moe_lora_claim",
     )
 
     path = ""
@@ -48,6 +53,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_module_config: dict[str, ModuleConfig] = {}
         self.moe_lora_shared: dict[str, Shared] = {}
         self.moe_lora_routing: dict[str, RouterOutput] = {}
+        self.moe_lora_watch: dict[str, Watch] = {}
+        self.moe_lora_claim: dict[str, Claim] = {}
 
     def add_router(
         self,
@@ -166,7 +173,10 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     def weights(self, adapter_name: str, gates: Tensor) -> Tensor:
         """routed_scaling_factor g, with expert_dropout in training."""
-        config = self.moe_lora_config[adapter_name]
+        config, watch = self.moe_lora_config[adapter_name], self.moe_lora_watch.get(adapter_name)
+        # a hook in a compiled graph would need torch's compiled autograd
+        if watch is not None and self.training and gates.requires_grad and not torch.compiler.is_compiling():
+            gates, self.moe_lora_claim[adapter_name] = watch.over(gates)
         gates = F.dropout(gates, config.expert_dropout, self.training)
         return gates if config.routed_scaling_factor == 1 else gates * config.routed_scaling_factor
 
@@ -180,7 +190,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: without the last forward's routing, whose tensors belong to an autograd graph."""
-        return {**self.__dict__, "moe_lora_routing": {}}
+        return {**self.__dict__, "moe_lora_routing": {}, "moe_lora_claim": {}}
 
 
 class RouterLinear(nn.Linear):
