@@ -2,11 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.modules import order_problems, router_owners
@@ -48,21 +46,32 @@ def check_fit(model: nn.Module, config: MoeLoraConfig, linears: dict[str, nn.Mod
         raise ConfigError("the config does not fit the model", problems)
 
 
-def check_adapter_name(adapter_name: str, paths: Any) -> None:
-    """PEFT separates adapters in a state dict by looking for their names between the dots of its keys.
+def check_adapter_name(adapter_name: str, names: Iterable[str]) -> None:
+    """PEFT separates adapters in a state dict by looking for their names between the dots of its keys, and keeps their
+    parameters in modules by these names.
+
+    Args:
+        names: of the model's tensors and modules.
 
     Raises:
-        ValueError: the name is a number, or a part of a path or parameter name.
+        ValueError: the name is a number, a part of a tensor's name, empty, has a dot, or is taken in torch's modules.
     """
+    is_taken = any(hasattr(container, adapter_name) for container in (nn.ModuleDict(), nn.ParameterDict()))
+    if not adapter_name or "." in adapter_name or is_taken:
+        raise ValueError(
+            f"adapter name {adapter_name!r}: torch cannot have a module of this name (it is empty, has a dot, or is a "
+            f"name of torch's own). Choose another name, for example adapter_{adapter_name.replace('.', '_')}"
+        )
     if adapter_name.isdigit():
         raise ValueError(
             f"adapter name {adapter_name!r} is a number, like the model's layers: PEFT would drop layer {adapter_name} "
             f"from the files of other adapters. Choose another name, for example adapter_{adapter_name}"
         )
     own = (*Linear.adapter_layer_names, *MoeLoraLayer.adapter_layer_names, CHILD)
-    taken = {"base_model", "model", "base_layer", "weight", "bias", *own}
-    for path in paths:
-        taken.update(path.split("."))
+    wrappers = ("modules_to_save", "original_module", "token_adapter")  # PEFT's own, around modules saved whole
+    taken = {"base_model", "model", "base_layer", "weight", "bias", *wrappers, *own}
+    for name in names:
+        taken.update(name.split("."))
     if adapter_name in taken:
         raise ValueError(
             f"adapter name {adapter_name!r} is also a part of this model's parameter names: PEFT would drop those "
@@ -117,14 +126,24 @@ def _class_name(kind: type) -> str:
 
 
 def untouched_experts(model: nn.Module) -> dict[str, int]:
-    """{path of a fused expert parameter: its size}: parameters of three axes, those of convolutions apart."""
+    """{path of a parameter that holds all experts of a layer of the base model: its size}."""
     return {
         f"{path}.{name}" if path else name: parameter.numel()
         for path, module in model.named_modules()
-        if not isinstance(module, MoeLoraLayer | nn.ParameterDict | _ConvNd)
+        if not isinstance(module, MoeLoraLayer | nn.ParameterDict | nn.Linear)
         for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        if _holds_experts(module, parameter)
     }
+
+
+def _holds_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """In transformers' models: [expert, ., .] in a module of the class ...Experts..., or in one that counts as many
+    experts (num_experts); DBRX has [(expert .), .] in a DbrxExpertGLU. Class tokens and positions are [1, ., .]."""
+    counts = [v for k, v in vars(module).items() if k.endswith(("experts", "experts_")) and isinstance(v, int)]
+    if parameter.ndim == 3:
+        return "Experts" in type(module).__name__ or len(parameter) in counts
+    is_expert = parameter.ndim == 2 and "Expert" in type(module).__name__
+    return is_expert and any(1 < count < len(parameter) and len(parameter) % count == 0 for count in counts)
 
 
 def warn_of_untouched_experts(model: nn.Module) -> None:
@@ -140,8 +159,8 @@ def warn_of_untouched_experts(model: nn.Module) -> None:
     total = sum(p.numel() for name, p in model.named_parameters() if ".moe_lora_" not in name)
     warnings.warn(
         f"all-linear leaves the fused experts of the base model untouched: {', '.join(kinds)} ({len(found)} "
-        f"parameters, {sum(found.values()) / total:.1%} of the base model). They are 3-D parameters and no linear "
-        "layers, so the adapter does not train them",
+        f"parameters, {sum(found.values()) / total:.1%} of the base model). Each holds all experts of a layer and is "
+        "no linear layer, so the adapter does not train them",
         UserWarning,
         stacklevel=2,
     )

@@ -1,5 +1,6 @@
 """The tuner: finds the target layers, wraps them, and carries PEFT's verbs."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn, cast
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from moe_lora_interop.peft_tuner.checks import (
     check_adapter_name,
     check_fit,
     check_own_routers,
+    untouched_experts,
     warn_of_untouched_experts,
 )
 from moe_lora_interop.peft_tuner.config import MoeLoraConfig
@@ -40,6 +42,9 @@ class MoeLoraModel(BaseTuner):
     """PEFT's tuner for peft_type MOE_LORA. Users meet it as `peft_model.base_model`."""
 
     prefix = "moe_lora_"
+    # PEFT asks the class whether adapters can be injected without it, which those of scope linear can; of an instance
+    # this says whether a router serves several layers
+    uses_shared_state = False
     tuner_layer_cls = MoeLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
@@ -82,12 +87,15 @@ class MoeLoraModel(BaseTuner):
         """
         config = cast(MoeLoraConfig, self.peft_config[adapter_name])
         linears = _linear_layers(model)
-        check_adapter_name(adapter_name, linears)
+        check_adapter_name(adapter_name, _names_without_adapters(model))
         chosen = self._chosen(config, model, list(linears), state_dict)
         check_fit(model, config.neutral, linears, chosen)
         if config.layerwise and config.module_order is None:
             config.module_order = config.neutral.routed(chosen) or None
-        targets, warns = config.target_modules, config.neutral.targets.is_all_linear
+        warns = config.neutral.targets.is_all_linear
+        if warns:  # PEFT's own list has layers that no adapter can wrap, such as those of nn.MultiheadAttention
+            config.target_modules = set(chosen)
+        targets = config.target_modules
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if isinstance(targets, set):
             config.target_modules = targets  # PEFT shortens long lists
@@ -97,6 +105,7 @@ class MoeLoraModel(BaseTuner):
                 trains = adapter_name in self.active_adapters and not config.inference_mode
                 for parameter in layer.router_parameters(adapter_name):
                     parameter.requires_grad_(trains)
+        self.uses_shared_state = self.uses_shared_state or config.scope != "linear"
         if config.router_aux_loss_coef or config.router_z_loss_coef:
             coefficients = {"balance": config.router_aux_loss_coef, "z": config.router_z_loss_coef}
             watch = Watch(UNCLAIMED.format(name=adapter_name, **coefficients))
@@ -118,10 +127,12 @@ class MoeLoraModel(BaseTuner):
         if state_dict is not None:  # its keys say what to wrap
             modules = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
             return [m for m in linears if m in modules]
+        fused = list(untouched_experts(model))
         if config.target_modules is None:  # PEFT's defaults name layers that not every variant of a model has
             self._prepare_adapter_config(config, self.get_model_config(model))  # fills target_modules in
             return [m for m in linears if self._check_target_module_exists(config, m)]
-        chosen = set(config.neutral.targets.select(linears))
+        heads = set(linears) - _all_linear(config, model) if config.neutral.targets.is_all_linear else set()
+        chosen = set(config.neutral.targets.select(linears, heads, fused))
         return [m for m in linears if m in chosen]
 
     def _create_and_replace(
@@ -141,7 +152,8 @@ class MoeLoraModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if (reason := unsupported(base)) is not None:
-            raise TypeError(f"target module {current_key!r} is not supported: {reason}")
+            leave_out = f"To leave it out: exclude_modules=[{current_key!r}]"
+            raise TypeError(f"target module {current_key!r} is not supported: {reason}. {leave_out}")
         new = Linear(target)
         new.path = current_key
         new._active_adapter = adapter_name
@@ -271,6 +283,21 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         if unsupported(base) is None:
             layers[path] = base
     return layers
+
+
+def _names_without_adapters(model: nn.Module) -> list[str]:
+    """The names of the model's modules and tensors, those inside adapters apart, which have adapters' names in them."""
+    modules = dict(model.named_modules())
+    adapters = (MoeLoraLayer, AuxiliaryTrainingWrapper)
+    inside = tuple(f"{path}." for path, module in modules.items() if isinstance(module, adapters))
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return [name for name in (*modules, *tensors) if not name.startswith(inside)]
+
+
+def _all_linear(config: MoeLoraConfig, model: nn.Module) -> set[str]:
+    """What PEFT takes "all-linear" for: all but the head, whichever layer that is."""
+    with_list: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    return with_list.target_modules
 
 
 def _warn_of_unused_patterns(config: MoeLoraConfig, model: nn.Module, adapter_name: str) -> None:
