@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.errors import CheckpointError
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git$)(?:{_PART}/)?{_PART}", re.ASCII)
@@ -25,6 +26,13 @@ def hub_name(name: str) -> HubName | None:
 
     The config.json of a directory may say what it was made from (`_name_or_path`). None if nothing says a name.
     """
+    try:
+        return _found(name)
+    except (OSError, ValueError, CheckpointError):  # a path that cannot be looked at, or no model's
+        return None
+
+
+def _found(name: str) -> HubName | None:
     for path in (name, str(Path(name).resolve())):
         if (cached := _CACHED.fullmatch(path)) is not None and _is_id(found := cached[1].replace("--", "/")):
             return HubName(found, cached[2])
@@ -32,7 +40,7 @@ def hub_name(name: str) -> HubName | None:
     if config.is_file():
         stated = read_json(config).get("_name_or_path")
         if isinstance(stated, str) and "/" in stated and not Path(stated).exists():
-            return hub_name(stated)
+            return _found(stated)
         return None
     return HubName(name) if _is_id(name) and not Path(name).exists() else None
 
