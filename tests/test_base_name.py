@@ -35,6 +35,8 @@ SIZES = {"batch_size": 2, "max_length": 64, "r": 2, "target_modules": ("q_proj",
         ("hub/models--gpt2/snapshots/abc", HubName("gpt2", "abc")),
         *((path, None) for path in ("/data/base", "../base", "./base", "a/b/c", "~/base", "C:\\base", "a/b/", "", ".")),
         *((path, None) for path in ("a--b/c", "a/b.git", "a/b..c", "someone/name-", "with space/b", "a/b\n")),
+        ("C:\\hub\\models--gpt2\\snapshots\\abc", HubName("gpt2", "abc")),
+        *((path, None) for path in ("a" * 5000, "null\0byte")),
     ],
 )
 def test_the_hubs_name(name, found):
@@ -47,6 +49,11 @@ def test_the_hubs_name(name, found):
 def test_a_config_says_what_a_directory_was_made_from(tmp_path, stated, found):
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": stated}))
     assert hub_name(str(tmp_path)) == found
+
+
+def test_a_broken_config_says_no_name(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert hub_name(str(tmp_path)) is None
 
 
 def test_a_directory_that_looks_like_a_name_is_a_path(tmp_path, monkeypatch):

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.errors import CheckpointError
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git$)(?:{_PART}/)?{_PART}", re.ASCII)
-_CACHED = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([^/]+)/?", re.DOTALL)
+_CACHED = re.compile(r"(?:.*[/\\])?models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?", re.DOTALL)
 
 
 class HubName(NamedTuple):
@@ -23,8 +24,16 @@ class HubName(NamedTuple):
 def hub_name(name: str) -> HubName | None:
     """The Hub's name of a base model: of an id itself, a folder of the Hub's cache, or a model's directory.
 
-    The config.json of a directory may say what it was made from (`_name_or_path`). None if nothing says a name.
+    The config.json of a directory may say what it was made from (`_name_or_path`). None if nothing says a name, or
+    what says it cannot be read: no save fails for want of a name.
     """
+    try:
+        return _hub_name(name)
+    except (CheckpointError, OSError, ValueError):  # a name too long for a path, or with a null byte
+        return None
+
+
+def _hub_name(name: str) -> HubName | None:
     for path in (name, str(Path(name).resolve())):
         if (cached := _CACHED.fullmatch(path)) is not None and _is_id(found := cached[1].replace("--", "/")):
             return HubName(found, cached[2])
@@ -32,7 +41,7 @@ def hub_name(name: str) -> HubName | None:
     if config.is_file():
         stated = read_json(config).get("_name_or_path")
         if isinstance(stated, str) and "/" in stated and not Path(stated).exists():
-            return hub_name(stated)
+            return _hub_name(stated)
         return None
     return HubName(name) if _is_id(name) and not Path(name).exists() else None
 
