@@ -171,13 +171,15 @@ def _features(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
 
 
 def end_ids_beside(directory: Path) -> list[int]:
-    """The token ids in generation_config.json beside an adapter, at which its texts end; none without that file."""
+    """The token ids in generation_config.json beside an adapter, at which its texts end; none without that file. -1 is
+    none.
+    """
     path = directory / GENERATION_CONFIG
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(i) is not int or i < 0 for i in ids):
+    if any(type(i) is not int or i < -1 for i in ids):
         raise CheckpointError(f"{path}: eos_token_id: found {found!r}, expected a token id or a list of them")
-    return ids
+    return [i for i in ids if i != -1]
 
 
 def _versions() -> Iterator[tuple[str, str]]:
