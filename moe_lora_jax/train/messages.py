@@ -103,6 +103,11 @@ def has_arguments(messages: list[Message]) -> bool:
     return any(_functions(messages))
 
 
+def called(messages: list[Message]) -> list[str]:
+    """The names of the functions that tool calls call."""
+    return [f["name"] for f in _functions(messages) if isinstance(f.get("name"), str)]
+
+
 def spelled(messages: list[Message], *, null: str | None, as_text: bool, parts: bool) -> list[Message]:
     """The messages as some templates want them: a null content as "", the arguments of tool calls as JSON text, content
     as a list of parts.
