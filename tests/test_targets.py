@@ -169,3 +169,29 @@ def test_no_target_modules_lists_what_there_is():
 def test_a_model_without_linear_layers_says_so():
     with pytest.raises(ConfigError, match="no linear layers"):
         Targets(["q_proj"]).select([])
+
+
+@pytest.mark.parametrize(
+    ("fields", "problems"),
+    [
+        (dict(exclude_modules=["q"]), ["exclude_modules: found ['q'], which leaves none of the 2 layers"]),
+        (dict(exclude_modules=["a.q"]), []),
+        (
+            dict(exclude_modules=["q"], target_modules=["q", "x"]),
+            ["exclude_modules: found ", "'x': no linear"],
+        ),
+        (dict(layers_to_transform=4), ["layers_to_transform: found 4, which leaves none of the 2 layers"]),
+        (dict(target_modules=["up"]), ["'up': a.experts.up holds all experts of a layer"]),
+        (dict(target_modules="a.experts.*"), ["'a.experts.*': a.experts.up holds all experts of a layer"]),
+    ],
+)
+def test_what_leaves_no_target_is_named(fields, problems):
+    targets = Targets(**{"target_modules": ["q"]} | fields)
+    if not problems:
+        assert targets.select(["a.q", "b.q"]) == ["b.q"]
+        return
+    with pytest.raises(ConfigError) as error:
+        targets.select(["a.q", "b.q"], fused=["a.experts.up"])
+    assert len(error.value.problems) == len(problems)
+    for found, start in zip(error.value.problems, problems, strict=True):
+        assert found.startswith(start)
