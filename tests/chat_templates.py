@@ -52,6 +52,15 @@ MISTRAL = (
     "{% for m in rest %}{% if m.role == 'user' %}[INST] {% if system and loop.index0 == ns.last %}{{ system }}\n\n"
     "{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+# opens a thought in the prompt, strips thoughts, opens no turn after a tool's answer, shows calls beside null alone
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|begin|>{{ m.content }}{% elif m.role == 'tool' %}"
+    "<tool>{{ m.content }}</tool>{% else %}{% if not loop.previtem or loop.previtem.role != 'tool' %}<|eot|>{% endif %}"
+    "{% if m.content is none %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content.split('</think>')[-1] }}"
+    "{% endif %}</s>{% endif %}{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' %}"
+    "<|eot|><think>\n{% endif %}"
+)
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
 ENDING_ONCE = CHATML.replace("{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add")
 PARTS = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
 # prints the arguments of a tool call as they are: wants JSON text

@@ -36,6 +36,8 @@ SIZES = {"batch_size": 2, "max_length": 64, "r": 2, "target_modules": ("q_proj",
         *((path, None) for path in ("/data/base", "../base", "./base", "a/b/c", "~/base", "C:\\base", "a/b/", "", ".")),
         *((path, None) for path in ("x" * 5000, "a\0b", "/" + "y" * 5000)),
         *((path, None) for path in ("a--b/c", "a/b.git", "a/b..c", "someone/name-", "with space/b", "a/b\n")),
+        ("C:\\hub\\models--gpt2\\snapshots\\abc", HubName("gpt2", "abc")),
+        *((path, None) for path in ("a" * 5000, "null\0byte")),
     ],
 )
 def test_the_hubs_name(name, found):

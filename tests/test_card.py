@@ -1,5 +1,7 @@
 """The README.md beside an adapter: written by every save, never over somebody's own."""
 
+import json
+
 import peft
 import pytest
 import transformers
@@ -90,6 +92,22 @@ def test_a_directory_is_no_id_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "base").mkdir(parents=True)
     assert "base_model" not in head_of(model_card(MoeLoraConfig(base_model_name_or_path="org/base"), {}))
+
+
+@pytest.mark.parametrize("path", ["base", "peft", "tags", "a model's directory with a long name " * 3])
+@pytest.mark.parametrize("known", [True, False])
+def test_nothing_but_the_base_models_name_is_replaced_in_the_head(tmp_path, monkeypatch, path, known):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).mkdir()
+    (tmp_path / path / "config.json").write_text(json.dumps({"_name_or_path": "org/base" if known else "/data/base"}))
+    wanted = {"base_model": path, "library_name": "peft", "tags": [f"base_model:adapter:{path}", "lora"]}
+    config = MoeLoraConfig(base_model_name_or_path=path)
+    found = head_of(model_card(config, {}, yaml.safe_dump(wanted)))
+    named = {"base_model": "org/base", "library_name": "peft", "tags": ["base_model:adapter:org/base", "lora"]}
+    assert found == (named if known else {"library_name": "peft", "tags": ["lora"]})
+    own = head_of(model_card(config, {}))
+    assert own.pop("base_model", None) == ("org/base" if known else None)
+    assert own == {"library_name": "peft", "tags": ["moe-lora", "mixture-of-experts", "lora"]}
 
 
 def test_modules_of_different_sizes_have_rows_of_their_own():

@@ -6,6 +6,8 @@ import json
 import pytest
 from chat_templates import (
     CHATML,
+    DEEPSEEK,
+    DEFAULT_SYSTEM,
     ENDING_ONCE,
     GEMMA,
     LLAMA_2,
@@ -84,6 +86,9 @@ def answers(end, messages=TURNS, start=""):
         (MISTRAL, TURNS, answers("</s>", start=" ")),
         (ENDING_ONCE, TURNS, [*answers("<|im_end|>\n")[:2], "Good bye!<|im_end|>\n</s>"]),
         (PARTS, TURNS, answers("<|im_end|>\n")),
+        (DEEPSEEK, TURNS, answers("</s>")),
+        *((t, TURNS[1:], answers("<|im_end|>\n")) for t in (CHATML, DEFAULT_SYSTEM, MARKED)),
+        (LLAMA_3, TURNS[1:], answers("<|eot|>")),
     ],
 )
 def test_every_turn_of_the_assistant_counts_and_nothing_else(tmp_path, template, messages, expected):
@@ -93,6 +98,36 @@ def test_every_turn_of_the_assistant_counts_and_nothing_else(tmp_path, template,
     ids = chat_tokenizer(template).apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     if template is not PARTS:
         assert data.examples[0].ids.tolist() == ids
+
+
+def test_a_turn_after_one_that_the_template_does_not_open(tmp_path):
+    data = read(tmp_path, DEEPSEEK, {"messages": [*TURNS[:2], {"role": "tool", "content": "x"}, *TURNS[1:]]})
+    assert said(data, DEEPSEEK) == answers("</s>", [TURNS[1], *TURNS[1:]]) and not data.lost
+
+
+def test_a_call_that_the_template_leaves_out_is_no_answer(tmp_path):
+    """transformers gives a template no content where it is null, and this one shows calls only if it is none."""
+    with pytest.raises(DataError, match="chat.jsonl:1: the chat template leaves out the call of 'weather'"):
+        read(tmp_path, DEEPSEEK, {"messages": CALLS})
+
+
+def test_the_template_speaks_of_the_usual_spelling(tmp_path):
+    alternating = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('No tools') }}{% endif %}"
+    with pytest.raises(DataError, match="chat.jsonl:1: the chat template refuses these messages: No tools"):
+        read(tmp_path, alternating + "{{ m.content.strip() }}{% endfor %}", {"messages": CALLS})
+
+
+def test_a_turn_between_added_tokens_that_are_not_special(tmp_path):
+    template = CHATML.replace("im_end", "fin").replace(
+        "{% if add", "{% if not add_generation_prompt %}</s>{% endif %}{% if add"
+    )
+    tokenizer = chat_tokenizer(template)
+    tokenizer.add_tokens(["<|fin|>", "\n"])
+    data = read_data(write(tmp_path, {"messages": TURNS}), tokenizer, max_length=2000)
+    (example,) = data.examples
+    said = tokenizer.decode(example.ids[example.counted])
+    assert said == "".join(answers("<|fin|>\n")) + "</s>" and not data.lost
+    assert ChatTemplate(tokenizer).end_token == tokenizer.convert_tokens_to_ids("<|fin|>")
 
 
 def test_a_system_message_that_the_template_refuses(tmp_path):

@@ -1,6 +1,7 @@
 """Generation: greedy equals transformers token for token, draws have the right distribution, one compilation."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,28 @@ def test_greedy_equals_transformers_with_left_padding(case, pair):
     wanted = greedy_by_transformers(reference, ids, mask)
     np.testing.assert_array_equal(generate(model, ids, mask, max_new_tokens=NEW, pad_token_id=0), wanted)
     assert len(set(wanted[:, LENGTH:].ravel().tolist())) > 4  # not one token repeated
+
+
+@pytest.mark.parametrize("found", [VOCAB, -1, 2**31, 2**32 + 5, 2**40])
+@pytest.mark.parametrize("kind", [np.asarray, np.ndarray.tolist])
+def test_an_id_is_looked_at_before_it_is_cut_to_32_bits(pair, found, kind):
+    _, model = pair("llama")
+    ids = np.array([[3, found]])
+    for call in (model, model.hidden_states, partial(generate, model, max_new_tokens=1)):
+        with pytest.raises(
+            ValueError, match=rf"input_ids\[0, 1\]: token id {found}, the model's vocabulary has {VOCAB}"
+        ):
+            call(kind(ids))
+    masked = generate(model, kind(ids), np.array([[1, 0]]), max_new_tokens=1)
+    assert masked[0, 2] == generate(model, ids[:, :1], max_new_tokens=1)[0, 1]
+
+
+@pytest.mark.parametrize("ids", [[[1.0, 5.7]], [[True, False]], [[2**70]]])
+def test_ids_are_integers(pair, ids):
+    _, model = pair("llama")
+    for call in (model, partial(generate, model, max_new_tokens=1)):
+        with pytest.raises(ValueError, match="input_ids: found (float|bool|object)"):
+            call(ids)
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral", "gemma3"])

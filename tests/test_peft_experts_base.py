@@ -72,10 +72,79 @@ def test_nothing_is_said_without_experts_or_without_all_linear():
         peft.get_peft_model(mixtral(), config(target_modules=["q_proj"]))
 
 
-def test_convolutions_are_no_experts():
-    assert not untouched_experts(torch.nn.Sequential(torch.nn.Conv1d(2, 2, 2), torch.nn.Linear(2, 2)))
-
-
 def test_a_block_of_fused_experts_cannot_be_a_mixture_of_blocks():
     with pytest.raises(ConfigError):
         peft.get_peft_model(mixtral(), config(scope="ffn", target_modules=["gate_up_proj", "down_proj"]))
+
+
+def gpt_oss():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**sizes))
+
+
+def dbrx():
+    from transformers import DbrxConfig, DbrxForCausalLM
+
+    sizes = dict(d_model=16, n_heads=2, n_layers=2, vocab_size=97, attn_config={"rope_theta": 1e4})
+    ffn = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
+    return DbrxForCausalLM(DbrxConfig(**sizes, ffn_config=ffn))
+
+
+def vit():
+    from transformers import ViTConfig, ViTModel
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4))
+
+
+def convolutions():
+    return torch.nn.Sequential(torch.nn.Conv1d(2, 2, 2), torch.nn.ConvTranspose1d(2, 2, 2), torch.nn.Linear(2, 2))
+
+
+def wav2vec2():
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    conv = dict(conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4)
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, **conv, num_conv_pos_embedding_groups=2))
+
+
+BOTH = {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("base", "names", "layers"),
+    [
+        (mixtral, BOTH, 2),
+        (qwen3, BOTH, 1),
+        (gpt_oss, BOTH, 2),
+        (dbrx, {"w1", "v1", "w2"}, 2),
+        (vit, set(), 0),
+        (convolutions, set(), 0),
+        (wav2vec2, set(), 0),
+        (tiny_llama, set(), 0),
+    ],
+)
+def test_fused_experts_are_told_from_other_parameters(base, names, layers):
+    found = untouched_experts(base())
+    assert {name.rsplit(".", 1)[-1] for name in found} == names
+    assert len(found) == len(names) * layers
+
+
+@pytest.mark.parametrize("base", [mixtral, gpt_oss])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "gate_up_proj"], ["mlp.experts.down_proj"], ["experts"], r".*experts\.gate_up_proj"]
+)
+def test_a_target_that_is_fused_is_called_so(base, targets):
+    with pytest.raises(ConfigError, match=r"experts\..* \(and \d more\) holds all experts of a layer") as error:
+        peft.get_peft_model(base(), config(target_modules=targets))
+    assert len(error.value.problems) == 1 and "did you mean" not in str(error.value)
+
+
+def test_all_linear_says_nothing_of_tokens_and_positions():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+        peft.get_peft_model(vit(), config(target_modules="all-linear"))

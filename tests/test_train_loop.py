@@ -132,7 +132,7 @@ def test_evaluate_is_the_mean_over_all_counted_tokens_without_dropout():
         nll += (-log_p[at - 1, example.ids[at]]).tolist()
     model.train()
     assert evaluate(model, data, batch_size=2) == pytest.approx(np.mean(nll), rel=1e-5)
-    assert model.model.layers[0].self_attn.q_proj.deterministic is False
+    assert model.model.layers[0].self_attn.q_proj.dropout.deterministic is False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

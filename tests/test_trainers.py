@@ -315,3 +315,133 @@ def test_a_router_can_be_a_sharded_unit_of_its_own(tmp_path):
         torch.testing.assert_close(logits(model), expected)
     finally:
         dist.destroy_process_group()
+
+
+# --- nobody adds the auxiliary loss ----------------------------------------------------------------------------------
+
+NOBODY = r"adapter 'default' has router_aux_loss_coef 0\.02 .*moe_lora_aux_loss\(attention_mask\).*AuxLossMixin"
+
+
+def loud():
+    return pytest.warns(UserWarning, match=NOBODY)
+
+
+def checkpointed(model, how):
+    """The model with gradient checkpointing of this kind, or without."""
+    if how != "off":
+        model.activation_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "non-reentrant", "reentrant"])
+def test_a_plain_trainer_is_told_once_that_it_ignores_the_auxiliary_loss(tmp_path, checkpointing):
+    model = checkpointed(peft.get_peft_model(tiny_llama(), MoeLoraConfig(**FIELDS)), checkpointing)
+    trainer = Trainer(model=model, args=TrainingArguments(**arguments(tmp_path)), train_dataset=rows())
+    with loud() as found:
+        trainer.train()
+    assert len([w for w in found if "moe_lora_aux_loss" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("scope", ["linear", "ffn", "model"])
+def test_a_loop_is_told_with_its_first_backward_pass(scope):
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    model = peft.get_peft_model(tiny_llama(), MoeLoraConfig(**FIELDS | {"scope": scope, "target_modules": targets}))
+    loss = model.train()(input_ids(), labels=input_ids()).loss
+    with loud():
+        loss.backward()
+    model(input_ids(), labels=input_ids()).loss.backward()  # and no more
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}], ids=str)
+@pytest.mark.parametrize("checkpointing", ["off", "non-reentrant"])
+def test_the_mixin_is_not_told(tmp_path, changes, checkpointing):
+    trainer = plain_trainer(tmp_path, max_steps=2, **changes)
+    checkpointed(trainer.model, checkpointing)
+    for _ in range(2):  # warnings are errors
+        trainer.train()
+        trainer.evaluate(rows())
+
+
+def test_a_loop_that_adds_the_loss_is_not_told():
+    model = peft.get_peft_model(tiny_llama(), MoeLoraConfig(**FIELDS))
+    for _ in range(2):
+        two = []
+        for _ in range(2):  # two forwards for one backward pass
+            loss = model.train()(input_ids(), labels=input_ids()).loss
+            two.append(loss + moe_lora_aux_loss(model))
+        model.eval().generate(input_ids(), max_new_tokens=2, min_new_tokens=2)
+        sum(two).backward()
+    nothing = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+    model = peft.get_peft_model(tiny_llama(), MoeLoraConfig(**FIELDS | nothing))
+    model.train()(input_ids(), labels=input_ids()).loss.backward()
+
+
+# --- encoder-decoders ------------------------------------------------------------------------------------------------
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, dropout_rate=0.0)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)), "qkvo", ["wi", "wo"]
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, encoder_layers=1, decoder_layers=1, dropout=0.0)
+    model = BartForConditionalGeneration(BartConfig(**sizes, **heads, pad_token_id=0, decoder_start_token_id=2))
+    return model, ["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]
+
+
+def sees_the_encoder(name: str) -> bool:
+    cross = "EncDecAttention" in name or "encoder_attn" in name
+    return ".encoder." in name or (cross and name.split(".")[-1] in ("k", "v", "k_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("base", [t5, bart])
+@pytest.mark.parametrize("decoder", ["mask", "labels", "mask and other labels", "neither"])
+@pytest.mark.parametrize("same_length", [True, False])
+def test_encoder_decoders(base, decoder, same_length):
+    model, attention, block = base()
+    fields = {
+        "target_modules": [*attention, *block],
+        "top_k": 2,
+        "router_aux_loss_coef": 0.5,
+        "init_lora_weights": False,
+    }
+    model = peft.get_peft_model(model, MoeLoraConfig(num_experts=4, r=2, task_type="SEQ_2_SEQ_LM", **fields))
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            torch.nn.init.normal_(parameter)
+    ids, targets = input_ids(3, 8), input_ids(3, 8 if same_length else 5)
+    mask, target_mask = torch.ones_like(ids), torch.ones_like(targets)
+    mask[1:, 6:], target_mask[:2, 3:] = 0, 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": targets}
+    if decoder == "neither":
+        batch["decoder_input_ids"] = batch.pop("labels")
+        target_mask[:] = 1
+    elif decoder == "labels":
+        batch["labels"] = targets.masked_fill(target_mask == 0, -100)
+    else:
+        batch["decoder_attention_mask"] = target_mask
+    if decoder == "mask and other labels":
+        batch["labels"] = targets.masked_fill(torch.arange(targets.shape[1]) == 1, -100)
+
+    with collected_aux_losses(model.train()) as found:
+        model(**batch)
+    by_hand = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoeLoraLayer) and layer.moe_lora_routing:
+            real = (mask if sees_the_encoder(name) else target_mask).flatten().bool()
+            z = layer.moe_lora_routing["default"].logits
+            assert len(z) == len(real)
+            p, best = z[real].softmax(-1), z[real].topk(2).indices
+            f = torch.nn.functional.one_hot(best, 4).sum(1).float().mean(0)
+            by_hand.append(4 * (f * p.mean(0)).sum())
+    assert len(by_hand) == {t5: 32, bart: 16}[base]
+    torch.testing.assert_close(found[0], 0.5 * torch.stack(by_hand).mean())

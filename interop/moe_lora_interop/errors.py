@@ -43,5 +43,10 @@ def printable(text: str) -> str:
 def expected(name: str, known: Iterable[str]) -> str:
     """ "expected one of a, b, c", and the one that was probably meant."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"expected one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"expected one of {', '.join(names)}{did_you_mean(name, names)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean a?", or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

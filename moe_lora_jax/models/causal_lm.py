@@ -14,7 +14,7 @@ from moe_lora_jax.layers.router_outputs import router_outputs
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.decoder import Decoder
-from moe_lora_jax.models.vocabulary import check_ids
+from moe_lora_jax.models.vocabulary import check_ids, given_ids
 
 Cache = KVCache | tuple[KVCache, KVCache]
 
@@ -100,7 +100,7 @@ class CausalLM(nnx.Module):
             ValueError: shapes that do not fit, a full cache, task ids that are missing or that nothing reads, token ids
                 outside the vocabulary (not under jit, where ids have no values yet).
         """
-        input_ids = jnp.asarray(input_ids)
+        input_ids = given_ids(input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids: found shape {input_ids.shape}, expected [batch, seq]")
         problems = [
@@ -118,6 +118,7 @@ class CausalLM(nnx.Module):
             raise ValueError("; ".join(problems))
         real = None if attention_mask is None else jnp.asarray(attention_mask) != 0
         check_ids(self, input_ids, real)
+        input_ids = jnp.asarray(input_ids)
         if real is not None:
             input_ids = jnp.where(real, input_ids, 0)  # an id without a row would be NaN, and 0 * NaN is NaN
         positions = None if positions is None else jnp.asarray(positions, jnp.int32)

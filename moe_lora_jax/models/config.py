@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_lora_interop.disk.dtypes import STORED
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models.activations import ACTIVATIONS
 from moe_lora_jax.models.families import FAMILIES, FULL, SLIDING, Family
@@ -12,7 +13,6 @@ from moe_lora_jax.models.fields import Fields
 from moe_lora_jax.models.rope import RopeConfig
 from moe_lora_jax.models.rope_fields import read_ropes
 
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_LAYERS = 1024  # several times what any model has; layers are built before the files are checked
 
 # Fields that change what a model computes, and the values with which they change nothing, in any family.
@@ -123,8 +123,8 @@ class DecoderConfig:
             dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
             name_or_path=name_or_path,
         )
-        if result.dtype not in DTYPES:
-            fields.refuse("dtype", f"found {result.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if result.dtype not in STORED:
+            fields.refuse("dtype", f"found {result.dtype!r}, expected one of {', '.join(STORED)}")
         if fields.problems:
             raise ConfigError(f"this {architecture} is not supported", fields.problems)
         return result

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.sampling import Sampling, choose
-from moe_lora_jax.models.vocabulary import check_ids
+from moe_lora_jax.models.vocabulary import check_ids, given_ids
 from moe_lora_jax.sharding import mesh_of, put_rest, replicated
 
 # Room for ending ids, so that another number of them does not compile another program.
@@ -60,10 +60,11 @@ def generate(
         ValueError: an argument out of its range, no key to draw with, a row without real tokens, or a token id outside
             the vocabulary.
     """
-    ids = jnp.asarray(input_ids, jnp.int32)
+    ids = given_ids(input_ids)
     mask = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) != 0
     _check(ids, mask, max_new_tokens, temperature, top_k, top_p, key)
     check_ids(model, ids, mask)
+    ids = jnp.asarray(ids, jnp.int32)
     if eos_token_id is None:
         eos = model.config.eos_token_id
     else:

@@ -12,15 +12,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from moe_lora_interop.disk.dtypes import NUMPY, STORED
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.models.causal_lm import CausalLM
-from moe_lora_jax.models.config import DTYPES, DecoderConfig
+from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.repeat import check_remat
 from moe_lora_jax.sharding import RULES, Rules, automatic, read_sharded, shardings
 
-_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Written by old transformers; recomputed from the config.
 _INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -62,8 +62,8 @@ def load_base_model(
     """
     check_remat(remat)
     wanted = None if dtype is None else jnp.dtype(dtype).name
-    if wanted is not None and wanted not in DTYPES:
-        raise ValueError(f"dtype: found {dtype!r}, expected None or one of {', '.join(DTYPES)}")
+    if wanted is not None and wanted not in STORED:
+        raise ValueError(f"dtype: found {dtype!r}, expected None or one of {', '.join(STORED)}")
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"cannot load {directory}", ["found no directory, expected a local one"])
@@ -131,7 +131,7 @@ def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
     """The dtype of the tensors; where they differ, config.json must say which is meant."""
     kinds = sorted({info.dtype for key, info in files.infos.items() if not _INERT.fullmatch(key)})
     if len(kinds) == 1:
-        return _STORED_DTYPES.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
+        return NUMPY.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
     declared = stated.get("dtype") or stated.get("torch_dtype")
     if declared is None:
         raise CheckpointError(
@@ -147,8 +147,8 @@ def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: Dec
     for key, (dtype, shape) in files.infos.items():
         if key in expected and shape != expected[key]:
             problems.append(f"{key}: found shape {shape}, expected {expected[key]}")
-        if key in expected and dtype not in _STORED_DTYPES:
-            problems.append(f"{key}: found {dtype}, expected one of {', '.join(_STORED_DTYPES)}")
+        if key in expected and dtype not in NUMPY:
+            problems.append(f"{key}: found {dtype}, expected one of {', '.join(NUMPY)}")
         if key in expected or _INERT.fullmatch(key):
             continue
         if key != _HEAD or _EMBEDDING not in files.infos:

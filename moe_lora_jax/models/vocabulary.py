@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 ADVICE = (
@@ -20,6 +21,18 @@ def outside(ids: np.ndarray | Sequence[int], vocab_size: int) -> str | None:
         return None
     worst = int(wrong.max()) if wrong.max() >= vocab_size else int(wrong.min())
     return f"token id {worst}, the model's vocabulary has {vocab_size}: {ADVICE if worst >= 0 else 'ids start at 0'}"
+
+
+def given_ids(ids: Any) -> Any:
+    """The ids as an array with their values as given: JAX would cut 2**32 + 5 to 5, and 5.7 too.
+
+    Raises:
+        ValueError: no integers.
+    """
+    found = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    if found.size and not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ValueError(f"input_ids: found {found.dtype}, expected integers of at most 64 bits")
+    return found
 
 
 def check_ids(model: Any, ids: Any, real: Any = None) -> None:

@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from moe_lora_jax.train.errors import BadLine, DataError
-from moe_lora_jax.train.messages import Message, has_arguments, python_words, spelled
+from moe_lora_jax.train.messages import Message, called, has_arguments, python_words, spelled
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _USER, _ASSISTANT, _NEXT = "xyzzyask", "xyzzyanswer", "xyzzynext"  # words that no template has
@@ -78,7 +78,7 @@ class ChatTemplate:
         """The conversation in the spelling that this template wants, and its text; with `prompt`, for an answer.
 
         Raises:
-            BadLine: what the template says to the first spelling, or that it shows nothing of the last content.
+            BadLine: what the template says to the usual spelling, or that it leaves out the last content or a call.
         """
         messages = list(conversation.messages)
         nulls = (None, "") if any(m["content"] is None for m in messages) else (None,)
@@ -86,7 +86,7 @@ class ChatTemplate:
         python = python_words(messages)
         nones = str(spelled(messages, null="", as_text=True, parts=False)).count("None")
         rendered: list[tuple[Conversation, str]] = []
-        problem: BadLine | None = None
+        problems: list[BadLine] = []
         for parts, as_text, null in product((False, True), texts, nulls):
             if parts and rendered:
                 break
@@ -94,18 +94,17 @@ class ChatTemplate:
             try:
                 text = self.render(made, prompt=prompt)
             except BadLine as bad:
-                problem = problem or bad
+                problems.append(bad)
                 continue
-            if not _shows(messages, text):
-                problem = problem or BadLine("the chat template leaves out what the last message says")
+            if left_out := _left_out(messages, text, calls=self.reads("tool_calls")):
+                problems.append(BadLine(f"the chat template leaves out {left_out}"))
                 continue
             rendered.append((made, text))
             shows_none = len(nulls) > 1 and null is None and text.count("None") > nones
             if not shows_none and not any(word in text for word in python):
                 return made, text
         if not rendered:
-            assert problem is not None
-            raise problem
+            raise problems[len(nulls) - 1]  # of strings and mappings, with "" for null: the rest are rarer
         return rendered[0]
 
     @cached_property
@@ -135,8 +134,8 @@ class ChatTemplate:
 
     @cached_property
     def _added(self) -> re.Pattern[str]:
-        """A special token with white space around it."""
-        tokens = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        """An added token, special or not, with white space around it."""
+        tokens = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.content.strip()}
         tokens |= set(self.tokenizer.all_special_tokens)
         words = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
         return re.compile(rf"\s*(?P<token>{words})\s*")
@@ -171,7 +170,10 @@ class ChatTemplate:
             raise BadLine(f"the chat template fails on these messages: {type(error).__name__}: {error}") from None
 
 
-def _shows(messages: Sequence[Message], text: str) -> bool:
-    """Whether any word of the last content that has words is in the text."""
+def _left_out(messages: Sequence[Message], text: str, *, calls: bool) -> str:
+    """What is not in the text: all words of the last content that has words, or a call, if the template has `calls`."""
     said = [words for m in messages if (words := re.findall(r"\w+", (m["content"] or "").casefold()))]
-    return not said or not set(said[-1]).isdisjoint(re.findall(r"\w+", text.casefold()))
+    if said and set(said[-1]).isdisjoint(re.findall(r"\w+", text.casefold())):
+        return "what the last message says"
+    names = called(messages) if calls else []
+    return next((f"the call of {name!r}" for name in names if name not in text), "")

@@ -49,7 +49,9 @@ def encode_turns(template: ChatTemplate, conversation: Conversation) -> Turns:
     for i, message in enumerate(conversation.messages):
         if message["role"] != "assistant" or i < conversation.answers_from:
             continue
-        span = _between_renderings(template, conversation, i, text) or _between_marks(template, conversation, i, text)
+        # what stands before a first message is seen only where the template takes a conversation without any
+        ways = (_between_marks, _between_renderings) if i == 0 else (_between_renderings, _between_marks)
+        span = ways[0](template, conversation, i, text) or ways[1](template, conversation, i, text)
         if span is not None:
             spans.append(span)
         elif i < len(conversation.messages) - 1:
@@ -75,6 +77,8 @@ def _between_renderings(
         start = template.render(replace(conversation, messages=messages[:i]), prompt=True) if i else ""
         is_last = i == len(messages) - 1
         end = text if is_last else template.render(replace(conversation, messages=messages[: i + 1]))
+        if i and template.marks is not None and not end.startswith(start):  # a prompt that begins a thought
+            start = template.render(replace(conversation, messages=messages[:i])) + template.marks.opening
     except BadLine:  # a beginning need not be a conversation that the template takes
         return None
     fits = text.startswith(end) and end.startswith(start) and len(end) > len(start)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
-from moe_lora_interop.config.base_name import hub_name
+from moe_lora_interop.config.base_name import HubName, hub_name
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.disk.dtypes import bits
@@ -20,6 +20,8 @@ from moe_lora_interop.rules.tensors import claim
 
 CARD_NAME = "README.md"
 PLACEHOLDER = "# Model Card for Model ID"
+# An entry or a tag that names the base model, also in quotes or over several lines.
+_OF_BASE = re.compile(r"""^(?P<tag> *- )?['"]?base_model:.*(?:\n +(?![ ]|- ).*)*""", re.MULTILINE)
 _TAGS = "tags: [moe-lora, mixture-of-experts, lora]"
 
 _TEMPLATE = """---
@@ -79,7 +81,6 @@ _CONTENTS = """## Tensors
 {rows}
 
 """
-LONGEST_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> None:
@@ -110,14 +111,10 @@ def model_card(
     base = config.base_model_name_or_path or "unknown"
     known = hub_name(base) if config.base_model_name_or_path else None
     if metadata is None:
-        metadata = "\n".join(["library_name: peft", f"base_model: {json.dumps(base)}", _TAGS])
-    if known is None or base not in metadata:
-        metadata = "\n".join(line for line in metadata.splitlines() if "base_model" not in line)
-    else:
-        metadata = metadata.replace(base, known.id)
+        metadata = f"library_name: peft\nbase_model: unknown\n{_TAGS}"
     root = "sqrt(r)" if config.use_rslora else "r"
     return _TEMPLATE.format(
-        metadata=metadata,
+        metadata=_naming(metadata, known),
         base=base if known is None else known.id,
         version=FORMAT_VERSION,
         experts=config.num_experts,
@@ -128,6 +125,18 @@ def model_card(
         ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
+
+
+def _naming(metadata: str, known: HubName | None) -> str:
+    """The YAML with the base model's name on the Hub wherever it names the base, or without these entries."""
+
+    def entry(found: re.Match[str]) -> str:
+        if known is None:
+            return ""
+        tag = found["tag"]
+        return f"{tag}base_model:adapter:{known.id}" if tag else f"base_model: {json.dumps(known.id)}"
+
+    return "\n".join(filter(None, _OF_BASE.sub(entry, metadata).splitlines()))
 
 
 def _contents(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> str:
@@ -162,13 +171,15 @@ def _features(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
 
 
 def end_ids_beside(directory: Path) -> list[int]:
-    """The token ids in generation_config.json beside an adapter, at which its texts end; none without that file."""
+    """The token ids in generation_config.json beside an adapter, at which its texts end; none without that file. -1 is
+    none.
+    """
     path = directory / GENERATION_CONFIG
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(i) is not int or i < 0 for i in ids):
+    if any(type(i) is not int or i < -1 for i in ids):
         raise CheckpointError(f"{path}: eos_token_id: found {found!r}, expected a token id or a list of them")
-    return ids
+    return [i for i in ids if i != -1]
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -95,7 +95,7 @@ class Reading:
         if self.dialect.folders is not None and self.dialect.folders.sidecar:
             tensors = complete_prototypes(tensors)
         if self.dialect.signed:
-            _check_digest(self._path, config, self.stored.tensors(), self.stored.metadata)
+            _check_digest(self._path, config, self._flat, self.stored.metadata)
         try:
             adapter = OpenAdapter(
                 config, tensors, self.dialect, self.stored.metadata, base_tensors=base_tensors(by_rule)
@@ -119,8 +119,12 @@ class Reading:
         return CheckpointError(f"{self._path} is not a complete {self.dialect.name} adapter", [*problems, *hint])
 
     @cached_property
+    def _flat(self) -> dict[str, Tensor]:
+        return self.stored.tensors()
+
+    @cached_property
     def _claimed(self) -> tuple[ByRule, list[str]]:
-        return claimed(self.dialect.rules, self.stored.tensors())
+        return claimed(self.dialect.rules, self._flat)
 
     @cached_property
     def _shapes(self) -> tuple[Canonical, list[str]]:

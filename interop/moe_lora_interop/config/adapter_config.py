@@ -24,6 +24,7 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ from moe_lora_interop.config.combinations import clashes
 from moe_lora_interop.config.patterns import first_match, pattern_for
 from moe_lora_interop.config.presets import PRESETS, SHARE
 from moe_lora_interop.config.targets import Targets
-from moe_lora_interop.errors import ConfigError, expected
+from moe_lora_interop.errors import ConfigError, did_you_mean, expected
 
 FORMAT_VERSION = 1
 PEFT_TYPE = "MOE_LORA"
@@ -313,11 +314,15 @@ class MoeLoraConfig:
                 ],
             )
         known = {f.name for f in dataclasses.fields(cls)}
-        unknown = [f"{k}: unknown field with value {v!r}" for k, v in data.items() if k not in known and v is not None]
+        unknown = [
+            f"{k}: unknown field with value {v!r}{did_you_mean(k, known)}"
+            for k, v in data.items()
+            if k not in known and v is not None
+        ]
         if version is None:
             unknown.append(f"format_version: missing, expected {FORMAT_VERSION}")
         if unknown:
-            raise ConfigError("invalid adapter_config.json", unknown)
+            raise ConfigError("invalid MoeLoraConfig or adapter_config.json", unknown)
         return cls(**{k: v for k, v in data.items() if k in known})
 
     @classmethod
@@ -336,6 +341,22 @@ class MoeLoraConfig:
         values = {**PRESETS[name], **fields}
         experts = values.get("num_experts", cls.num_experts)
         return cls(**{k: 1 / experts if v is SHARE else v for k, v in values.items()})
+
+
+_init = MoeLoraConfig.__init__
+
+
+@functools.wraps(_init)
+def _init_of_known(self: MoeLoraConfig, *args: Any, **values: Any) -> None:
+    """dataclass's, which does not say which field an unknown keyword was probably meant to be."""
+    known = [f.name for f in dataclasses.fields(MoeLoraConfig)]
+    unknown = [f"{name}: unknown field{did_you_mean(name, known)}" for name in values if name not in known]
+    if unknown:
+        raise ConfigError("invalid MoeLoraConfig", unknown)
+    _init(self, *args, **values)
+
+
+MoeLoraConfig.__init__ = _init_of_known  # type: ignore[method-assign]
 
 
 BOOKKEEPING = tuple(f.name for f in dataclasses.fields(MoeLoraConfig) if not f.compare)

@@ -11,7 +11,7 @@ from moe_lora_interop.errors import CheckpointError
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
 _ID = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.git$)(?:{_PART}/)?{_PART}", re.ASCII)
-_CACHED = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/([^/]+)/?", re.DOTALL)
+_CACHED = re.compile(r"(?:.*[/\\])?models--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)[/\\]?", re.DOTALL)
 
 
 class HubName(NamedTuple):
@@ -24,7 +24,8 @@ class HubName(NamedTuple):
 def hub_name(name: str) -> HubName | None:
     """The Hub's name of a base model: of an id itself, a folder of the Hub's cache, or a model's directory.
 
-    The config.json of a directory may say what it was made from (`_name_or_path`). None if nothing says a name.
+    The config.json of a directory may say what it was made from (`_name_or_path`). None if nothing says a name, or
+    what says it cannot be read: no save fails for want of a name.
     """
     try:
         return _found(name)

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.peft_tuner.mixing import gated_sum, mixed_factors, scaled
+from moe_lora_interop.peft_tuner.offload import execution_device
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
 from moe_lora_interop.peft_tuner.shared import per_token
 from moe_lora_interop.peft_tuner.slots import Slots
@@ -95,14 +96,17 @@ class Linear(MoeLoraLayer):
         """Like PEFT's, but never rounds: PEFT casts an fp32 adapter that low_cpu_mem_usage has just loaded to the
         dtype of a bf16 base, and back up to fp32 afterwards."""
         weight = self.weight
+        device = device or (execution_device(self.get_base_layer()) if weight.is_meta else weight.device)
         for name in self.adapter_layer_names:
             entries = getattr(self, name)
-            if adapter_name not in entries or any(p.is_meta for p in entries.parameters()):
+            if adapter_name not in entries:
                 continue
             entry = entries[adapter_name]
+            if any(p.is_meta for p in ([entry] if isinstance(entry, Tensor) else entry.parameters())):
+                continue
             own = entry.dtype if isinstance(entry, Tensor) else entry.weight.dtype
             dtype = torch.promote_types(own, weight.dtype) if weight.dtype.is_floating_point else own
-            entries[adapter_name] = entry.to(weight.device if device is None else device, dtype)
+            entries[adapter_name] = entry.to(device, dtype)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         self.moe_lora_routing = {}
@@ -128,7 +132,7 @@ class Linear(MoeLoraLayer):
         least fp32 and without dropout; joining it to A's GEMM measured no faster on CPU.
         """
         config, module = self.moe_lora_config[adapter_name], self.moe_lora_module_config[adapter_name]
-        lora_a, lora_b = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
+        lora_a, lora_b = self._factors(adapter_name)
         # a 2-D x as it is: a view of it would have autograd add up its gradients in new memory
         tokens = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         dropped = self._dropped(adapter_name, tokens)
@@ -143,6 +147,12 @@ class Linear(MoeLoraLayer):
             hidden = F.linear(dropped, lora_a.flatten(0, 1)).unflatten(1, lora_a.shape[:2])
             delta = gated_sum(hidden, scaled(gates, module.scalings), lora_b)
         return delta.reshape(*x.shape[:-1], self.out_features)
+
+    def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        if self.moe_lora_A[adapter_name].is_meta:
+            self.require_values(adapter_name)
+        return self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
 
     def _dropped(self, adapter_name: str, x: Tensor) -> Tensor:
         """The experts' input."""
@@ -174,7 +184,7 @@ class Linear(MoeLoraLayer):
         if not module.has_router:  # the same plain LoRA for every expert, so it commutes with the gated sum
             return result + self._delta(adapter_name, layer_input).to(result.dtype)
         dropped = self._dropped(adapter_name, slots.flat(x))
-        factors = self.moe_lora_A[adapter_name], self.moe_lora_B[adapter_name]
+        factors = self._factors(adapter_name)
         if is_last:
             return result + slots.gated_sum(dropped, *factors, module.scalings).to(result.dtype)
         return slots.add_deltas(result, dropped, *factors, module.scalings)

@@ -27,6 +27,7 @@ from moe_lora_interop.peft_tuner.balancing import (
 )
 from moe_lora_interop.peft_tuner.gating import RouterOutput
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
+from moe_lora_interop.peft_tuner.tokens import TokenMasks
 
 __all__ = ["load_balancing_loss", "moe_lora_aux_loss", "z_loss"]
 
@@ -40,7 +41,10 @@ class Decision(NamedTuple):
 
 
 def moe_lora_aux_loss(
-    model: nn.Module, attention_mask: Tensor | None = None, task_types: Tensor | None = None
+    model: nn.Module,
+    attention_mask: Tensor | None = None,
+    task_types: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
     """The auxiliary loss of the last training-mode forward, summed over the active adapters: add it to the loss.
 
@@ -50,13 +54,15 @@ def moe_lora_aux_loss(
         model: any module that contains MOE_LORA layers.
         attention_mask: [batch, seq], nonzero for real tokens; None: every token counts.
         task_types: [batch], 0 or 1, for router_aux_loss "localized".
+        decoder_attention_mask: in an encoder-decoder, as `attention_mask` for the decoder's tokens; `attention_mask` is
+            then for the encoder's, which the keys and values of cross-attention see, too.
 
     Returns:
         A scalar with gradient; zero when no active adapter has a coefficient above zero or a router.
 
     Raises:
         RuntimeError: there was no forward in training mode, or it ran without gradients.
-        ValueError: attention_mask does not have one entry per token that a router saw, or task_types are missing or
+        ValueError: a mask does not have one entry per token that a router saw, or task_types are missing or
             others than 0 and 1.
     """
     by_adapter: dict[str, list[tuple[str, MoeLoraLayer]]] = {}
@@ -64,16 +70,20 @@ def moe_lora_aux_loss(
     for name, layer in model.named_modules():
         if isinstance(layer, MoeLoraLayer) and not layer.disable_adapters:
             for adapter in _with_loss(layer):
+                if adapter in layer.moe_lora_claim:
+                    layer.moe_lora_claim[adapter].taken = True
                 if adapter in layer.moe_lora_routing:
                     by_adapter.setdefault(adapter, []).append((name, layer))
                 else:  # a layer that this forward left out, if others have run
                     silent.append(name)
     if silent and not by_adapter:
         raise RuntimeError(f"{silent[0]}: no routing to compute a loss from; run a forward in training mode first")
-    total = torch.zeros((), device=next(model.parameters()).device)
+    device = next((layer.moe_lora_routing[a].logits.device for a, ls in by_adapter.items() for _, layer in ls), None)
+    masks = TokenMasks(model, attention_mask, decoder_attention_mask)
+    total = torch.zeros((), device=device or next(model.parameters()).device)
     for adapter, layers in by_adapter.items():
         config = layers[0][1].moe_lora_config[adapter]
-        decisions = [d for name, layer in layers for d in _decisions(name, layer, adapter, attention_mask)]
+        decisions = [d for name, layer in layers for d in _decisions(name, layer, adapter, masks)]
         if config.router_aux_loss_coef:
             balance = _balance(config, decisions, task_types, total.device)
             total = total + config.router_aux_loss_coef * balance
@@ -109,7 +119,7 @@ def _with_loss(layer: MoeLoraLayer) -> Iterator[str]:
                 yield adapter
 
 
-def _decisions(name: str, layer: MoeLoraLayer, adapter: str, attention_mask: Tensor | None) -> Iterator[Decision]:
+def _decisions(name: str, layer: MoeLoraLayer, adapter: str, masks: TokenMasks) -> Iterator[Decision]:
     """What was decided here, for each of the modules that the router served."""
     config, routing = layer.moe_lora_config[adapter], layer.moe_lora_routing[adapter]
     trains = torch.is_grad_enabled() and any(p.requires_grad for p in layer.router_parameters(adapter))
@@ -118,9 +128,9 @@ def _decisions(name: str, layer: MoeLoraLayer, adapter: str, attention_mask: Ten
             f"{name}: the forward ran without gradients, so the auxiliary loss would not train the router; with "
             "gradient checkpointing pass {'use_reentrant': False} as its kwargs"
         )
-    real = None
-    if attention_mask is not None:
-        real = _real(name, routing, attention_mask, rows_are_sequences=config.router_input == "task")
+    by_sequence = config.router_input == "task"
+    mask = masks.of(name, layer, 0 if by_sequence else len(routing.logits))
+    real = None if mask is None else _real(name, routing, mask, rows_are_sequences=by_sequence)
     by_top_k = layer.moe_lora_module_config[adapter].top_k is not None
     served = zip(*(field.unbind(1) for field in routing), strict=True) if config.layerwise else [routing]
     for fields in served:

@@ -55,7 +55,10 @@ class ModelRouter(SharedRouter):
             if arguments.get("past_key_values") is not None or arguments.get("cache") is not None:
                 raise ValueError(CACHE_REFUSAL.format(name=name))
             hidden = last_hidden_state(model, arguments) if hidden is None else hidden
-            x = hidden.reshape(-1, hidden.shape[-1]).to(self.router_parameters(name)[0].device)
+            first = self.router_parameters(name)[0]
+            if first.is_meta:
+                self.require_values(name)
+            x = hidden.reshape(-1, hidden.shape[-1]).to(first.device)
             self.moe_lora_shared[name].value = self.weights(name, self.route(name, x).gates)
 
     def _from_tasks(self, adapter_name: str, arguments: dict[str, Any]) -> Tensor:

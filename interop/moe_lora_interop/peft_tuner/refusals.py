@@ -33,6 +33,11 @@ MIXED_BATCH_REFUSAL = (
     "whose routers stand at each linear layer and read its input. Run one batch for each adapter (set_adapter)"
 )
 
+NO_VALUE = (
+    "{parameter}: the parameter of adapter {name!r} is on the meta device, without a value: load the adapter "
+    "(PeftModel.from_pretrained, load_adapter, set_peft_model_state_dict) before the forward"
+)
+
 TASKS_MISSING = (
     "adapter {name!r} routes by task: run the model inside `with peft_model.base_model.task_routing(task_ids):` "
     "(PEFT drops a task_ids argument)"

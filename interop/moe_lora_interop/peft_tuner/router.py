@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.peft_tuner.gating import RouterOutput, route
-from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL
+from moe_lora_interop.peft_tuner.offload import take_back
+from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL, NO_VALUE
 from moe_lora_interop.peft_tuner.shared import Shared
+from moe_lora_interop.peft_tuner.unclaimed import Claim, Watch
 
 ROUTER_STD = 0.02
 
@@ -23,6 +25,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     moe_lora_task_embedding  Embedding(task, dim)        only with router_input task; dim = logit without a router
     moe_lora_shared          Shared                      where the gates, slots or task ids travel
     moe_lora_routing         RouterOutput                of the last forward in training mode, for losses and plots
+    moe_lora_watch           Watch                       only with auxiliary losses: whether somebody adds them
+    moe_lora_claim           Claim                       on the losses of `moe_lora_routing`
 
     `logit` counts num_experts x n_splits, times the routed layers for a layerwise router.
     """
@@ -33,7 +37,12 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         "moe_lora_module_config",
         "moe_lora_shared",
         "moe_lora_routing",
+        "moe_lora_watch",
+        "moe_lora_claim",
     )
+
+    path = ""
+    """This layer's place in the model, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +53,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         self.moe_lora_module_config: dict[str, ModuleConfig] = {}
         self.moe_lora_shared: dict[str, Shared] = {}
         self.moe_lora_routing: dict[str, RouterOutput] = {}
+        self.moe_lora_watch: dict[str, Watch] = {}
+        self.moe_lora_claim: dict[str, Claim] = {}
 
     def add_router(
         self,
@@ -94,6 +105,28 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         """The parameters of the adapter's router that stands here; none if none does."""
         return [p for name in MoeLoraLayer.adapter_layer_names for p in self.entry(name, adapter_name).parameters()]
 
+    def take_back(self) -> None:
+        """`offload.take_back` of all adapters' parameters here."""
+        for name in self.adapter_layer_names:
+            take_back(getattr(self, name))
+
+    def require_values(self, adapter_name: str) -> None:
+        """Called when a parameter of the adapter has no value: takes it back if accelerate has offloaded it.
+
+        Raises:
+            RuntimeError: nobody has its value.
+        """
+        self.take_back()
+        missing = [
+            f"{self.path}.{name}".removeprefix(".")
+            for name in self.adapter_layer_names
+            if adapter_name in (entries := getattr(self, name))
+            for key, parameter in entries.named_parameters()
+            if key.split(".")[0] == adapter_name and parameter.is_meta
+        ]
+        if missing:
+            raise RuntimeError(NO_VALUE.format(parameter=missing[0], name=adapter_name))
+
     def route(self, adapter_name: str, x: Tensor) -> RouterOutput:
         """The decision for every token of x [token, in]: z = (R x + b) / router_temperature, and gates."""
         noise = self.moe_lora_config[adapter_name].router_jitter_noise
@@ -106,8 +139,11 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def route_tasks(self, adapter_name: str, task_ids: Tensor) -> RouterOutput:
         """The decision for every sequence: x = T[id] for ids [batch]; for [batch, n] the mean of T[id] over the ids > 0
         (MOELoRA's rule). z = (R x + b) / router_temperature, or z = x / router_temperature without a router."""
+        table = self.moe_lora_task_embedding[adapter_name]
+        if _lacks_value(table):
+            self.require_values(adapter_name)
         with torch.autocast(task_ids.device.type, enabled=False):
-            rows = self.moe_lora_task_embedding[adapter_name](task_ids)
+            rows = table(task_ids)
             if task_ids.ndim == 2:
                 given = (task_ids > 0).to(rows)
                 rows = (rows * given[..., None]).sum(1) / given.sum(1, keepdim=True).clamp(min=1)
@@ -116,11 +152,14 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     def _decide(self, adapter_name: str, x: Tensor) -> RouterOutput:
         """Routes x [row, in] in its dtype, whatever that of the adapter: fields [row, (split or layer,) expert]."""
         config, module = self.moe_lora_config[adapter_name], self.moe_lora_module_config[adapter_name]
+        router = self.entry("moe_lora_router", adapter_name)
+        linears = list(router) if isinstance(router, nn.ModuleList) else [router]
+        if any(map(_lacks_value, linears)):
+            self.require_values(adapter_name)
         tau: Tensor | float | None = config.threshold
         if config.adaptive_threshold and tau is not None:
             tau = tau * self.moe_lora_threshold[adapter_name](x).sigmoid()
-        router = self.entry("moe_lora_router", adapter_name)
-        for j, linear in enumerate(router if isinstance(router, nn.ModuleList) else [router]):
+        for j, linear in enumerate(linears):
             if j:
                 x = F.dropout(F.relu(x), config.router_dropout, self.training)
             x = linear(x)
@@ -134,7 +173,10 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     def weights(self, adapter_name: str, gates: Tensor) -> Tensor:
         """routed_scaling_factor g, with expert_dropout in training."""
-        config = self.moe_lora_config[adapter_name]
+        config, watch = self.moe_lora_config[adapter_name], self.moe_lora_watch.get(adapter_name)
+        # a hook in a compiled graph would need torch's compiled autograd
+        if watch is not None and self.training and gates.requires_grad and not torch.compiler.is_compiling():
+            gates, self.moe_lora_claim[adapter_name] = watch.over(gates)
         gates = F.dropout(gates, config.expert_dropout, self.training)
         return gates if config.routed_scaling_factor == 1 else gates * config.routed_scaling_factor
 
@@ -148,7 +190,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: without the last forward's routing, whose tensors belong to an autograd graph."""
-        return {**self.__dict__, "moe_lora_routing": {}}
+        return {**self.__dict__, "moe_lora_routing": {}, "moe_lora_claim": {}}
 
 
 class RouterLinear(nn.Linear):
@@ -164,3 +206,9 @@ class RouterTable(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return F.embedding(ids.to(self.weight.device), self.weight).to(dtype)
+
+
+def _lacks_value(module: nn.Module) -> bool:
+    """Whether the weight is on the meta device. Asked before the call, in which accelerate would lend it a value."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_meta

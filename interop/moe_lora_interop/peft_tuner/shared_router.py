@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.peft_tuner.layer import Linear
+from moe_lora_interop.peft_tuner.offload import execution_device
 from moe_lora_interop.peft_tuner.refusals import BLOCK_REFUSAL
 from moe_lora_interop.peft_tuner.router import MoeLoraLayer
 from moe_lora_interop.peft_tuner.shared import Shared
@@ -57,7 +58,7 @@ class SharedRouter(MoeLoraLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if not any(p.is_meta for p in self.router_parameters(adapter_name)):
             for name in self.adapter_layer_names:
-                self.entry(name, adapter_name).to(device or next(self.owner.parameters()).device)
+                self.entry(name, adapter_name).to(device or execution_device(self.owner))
 
     @property
     def weight(self) -> Tensor:

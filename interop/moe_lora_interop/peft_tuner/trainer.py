@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moe_lora_interop.peft_tuner.layer import MoeLoraLayer
 from moe_lora_interop.peft_tuner.losses import moe_lora_aux_loss
+from moe_lora_interop.peft_tuner.tokens import decoder_mask
 
 REFERENCE = "ref"
 """The adapter that TRL adds as the frozen reference when it is given a PeftModel."""
@@ -66,7 +67,7 @@ def collected_aux_losses(model: nn.Module) -> Iterator[list[Tensor]]:
     """The auxiliary loss of each forward with gradients that runs inside, in a list.
 
     Computed at once after the forward, because DPO runs the reference through the same layers afterwards, and with the
-    attention mask that this forward was given, which TRL builds only inside its loss.
+    attention masks that this forward was given, which TRL builds only inside its loss.
     """
     losses: list[Tensor] = []
     kinds = (PeftModel, PreTrainedModel)
@@ -74,7 +75,8 @@ def collected_aux_losses(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def collect(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if module.training and torch.is_grad_enabled():
-            losses.append(moe_lora_aux_loss(module, kwargs.get("attention_mask")))
+            masks = {"attention_mask": kwargs.get("attention_mask"), "decoder_attention_mask": decoder_mask(kwargs)}
+            losses.append(moe_lora_aux_loss(module, **masks))
 
     handle = inner.register_forward_hook(collect, with_kwargs=True)
     try:

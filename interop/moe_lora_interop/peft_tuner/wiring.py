@@ -44,7 +44,9 @@ def _wire_block(path: str, block: nn.Module, adapter_name: str, config: MoeLoraC
     last, base = last_of(block)
     if not isinstance(getattr(block, last), Linear):
         setattr(block, last, Linear(getattr(block, last)))
+        getattr(block, last).path = f"{path}.{last}"
     router = _router(block, BlockRouter)
+    router.path = path
     module = config.for_module(path)
     shared = router.add_adapter(adapter_name, config, module, features(base)[1])
     for name in linear_children(block):
