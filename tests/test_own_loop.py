@@ -101,10 +101,10 @@ def test_dropout_is_on_in_train_mode_alone():
 def test_a_model_in_eval_mode_is_not_trained_without_a_word(field):
     model = tiny_model(**{field: 0.1})
     with pytest.warns(UserWarning, match=f"{field} off in training: call model.train"):
-        split_model(model, mlj.MoeLoraParam, optax.sgd(0.1))
+        with_the_functional_step(model)
     model.train()
-    split_model(model, mlj.MoeLoraParam, optax.sgd(0.1))  # warnings are errors here
+    with_the_functional_step(model)  # warnings are errors here
 
 
 def test_nothing_is_said_where_eval_mode_changes_nothing():
-    split_model(tiny_model(), mlj.MoeLoraParam, optax.sgd(0.1))
+    with_the_functional_step(tiny_model())

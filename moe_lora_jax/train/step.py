@@ -73,11 +73,7 @@ def split_model(
 
     The states of a model that scans its layers are stacked (`models.stacked`), the base weights too: a second copy of
     the layers, for as long as the states live. On a mesh, the optimizer's state lies where what it belongs to lies.
-
-    Warns:
-        UserWarning: the config has dropout or jitter, but the model is in eval mode, so the step would have none.
     """
-    _warn_of_eval_mode(model)
     graphdef, *states = nnx.split(model, trainable, nnx.RngState, MoeLoraParam, ...)
     selected, rng, adapter, base = states
     selected, rng = jax.tree.map(jnp.copy, (selected, rng))
@@ -87,14 +83,6 @@ def split_model(
     if mesh is not None:
         opt_state = put_rest(opt_state, mesh)
     return graphdef, TrainState(selected, opt_state, rng), FrozenState(adapter, base)
-
-
-def _warn_of_eval_mode(model: nnx.Module) -> None:
-    config = getattr(model, "moe_lora_config", None)
-    noise = [name for name in NOISE if getattr(config, name, 0) > 0]
-    if noise and all(getattr(module, "deterministic", True) for _, module in nnx.iter_modules(model)):
-        text = f"the model is in eval mode, and {', '.join(noise)} off in training: call model.train() first"
-        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def merge_back(model: nnx.Module, state: TrainState, frozen: FrozenState) -> None:
@@ -120,6 +108,9 @@ def make_train_step(
         optimizer: the one that made the state.
         config: the model's adapter config, or None for a model without adapter.
         like: on a mesh, the state; new ones lie where it does.
+
+    Warns:
+        UserWarning: when the step is compiled: the config has dropout or jitter, but the model is in eval mode.
     """
     mesh = mesh_of(like)
 
@@ -129,6 +120,7 @@ def make_train_step(
         # copied, because variables can only be changed (dropout counts) at the trace level that made them
         states = unstack_layers((trainable, rng, frozen.adapter, frozen.base))
         model = nnx.merge(graphdef, *states, copy=True)
+        _warn_of_eval_mode(model, config)
         logits, router = model(micro.input_ids, attention_mask=micro.attention_mask, return_router=True)
         lm, balance, z = _losses(logits, router, micro, config)
         tokens = jnp.sum(micro.attention_mask > 0).astype(jnp.float32)
@@ -175,3 +167,12 @@ def _losses(logits: jax.Array, router: Any, batch: Batch, config: MoeLoraConfig 
     is_left_out = config.router_aux_loss == "localized" and config.router_aux_loss_coef == 0
     balance = jnp.zeros(()) if is_left_out else load_balancing_loss(router, config, batch.attention_mask)
     return lm, balance, router_z_loss(router, batch.attention_mask)
+
+
+def _warn_of_eval_mode(model: nnx.Module, config: MoeLoraConfig | None) -> None:
+    noise = [name for name in NOISE if getattr(config, name, 0) > 0]
+    if noise and all(getattr(module, "deterministic", True) for _, module in nnx.iter_modules(model)):
+        text = (
+            f"the model is in eval mode, and {', '.join(noise)} off in training: call model.train() before split_model"
+        )
+        warnings.warn(text, UserWarning, stacklevel=2)
