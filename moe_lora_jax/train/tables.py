@@ -126,7 +126,7 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         OSError,
         ValueError,
         OverflowError,
-    ) as error:  # the last two: a date beyond Python's
+    ) as error:  # a date too far
         raise DataError("cannot read the data", [f"{path}: not parquet that can be read: {error}"]) from error
     return enumerate(map(_without_nulls, rows), start=1)
 
