@@ -74,9 +74,14 @@ class Targets:
         if isinstance(self.target_modules, list):
             exact = set(linears)
             found = {t for t in self.target_modules if t in exact or any(_named([t], m) for m in linears)}
-            missing = [t for t in self.target_modules if t not in found]
+            missing = [t for t in self.target_modules if t not in found and not self._excluded(t, linears)]
             return missing or ([] if chosen else self.target_modules or ["[]"])
         return [] if chosen else [str(self.target_modules)]
+
+    def _excluded(self, target: str, linears: list[str]) -> bool:
+        """Whether a target that names none of the modules is one that was left out; these may be an adapter's alone."""
+        places = {target, *(f"{m.rpartition('.')[0]}.{target}" for m in linears)}
+        return bool(self.exclude_modules) and any(_named(self.exclude_modules, place) for place in places)
 
 
 def _named(names: str | list[str], module: str) -> bool:
