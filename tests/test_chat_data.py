@@ -130,6 +130,18 @@ def test_a_turn_between_added_tokens_that_are_not_special(tmp_path):
     assert ChatTemplate(tokenizer).end_token == tokenizer.convert_tokens_to_ids("<|fin|>")
 
 
+UNMARKED_END = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "ends"), [(UNMARKED_END, False), (PLAIN, False), (MARKED, True), (CHATML, True)])
+def test_an_answer_that_nothing_ends_is_said(tmp_path, template, ends):
+    data = read(tmp_path, template, {"messages": TURNS}, {"prompt": "a", "completion": "b"})
+    assert data.endless == (() if ends else (1,))
+    note = "1 conversations end with no token with loss that ends an answer (lines 1), so nothing teaches the model"
+    assert (note in data.describe()) == (not ends)
+
+
 def test_a_system_message_that_the_template_refuses(tmp_path):
     with pytest.raises(DataError, match="chat.jsonl:1: the chat template refuses these messages: System role not supp"):
         read(tmp_path, GEMMA, {"messages": [SYSTEM, *TURNS]})

@@ -33,12 +33,15 @@ _BESIDE_MESSAGES = ("tools", "documents", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids, counted: true for the tokens that are targets. unused: keys that nothing reads. lost: see `Turns`."""
+    """ids, counted: true for the tokens that are targets. unused: keys that nothing reads. lost, ends: see
+    `Turns`.
+    """
 
     ids: list[int]
     counted: list[bool]
     unused: Collection[str] = ()
     lost: int = 0
+    ends: bool = True
 
 
 class Encoder:
@@ -90,7 +93,7 @@ class Encoder:
         unread += [f"chat_template_kwargs.{key}" for key in kwargs if not template.reads(key)]
         fields = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
         unread += [f"{form[0]}.{key}" for key in fields if not template.reads(key)]
-        return Encoded(made.ids, made.counted, [*unused, *unread], made.lost)
+        return Encoded(made.ids, made.counted, [*unused, *unread], made.lost, made.ends)
 
     def _template(self, with_tools: bool) -> ChatTemplate:
         if with_tools not in self._templates:
