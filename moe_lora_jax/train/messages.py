@@ -7,7 +7,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_lora_jax.train.errors import BadLine
@@ -127,7 +127,7 @@ def has_arguments(messages: list[Message]) -> bool:
     return any(_functions(messages))
 
 
-def called(messages: list[Message]) -> list[str]:
+def called(messages: Sequence[Message]) -> list[str]:
     """The names of the functions that tool calls call."""
     return [f["name"] for f in _functions(messages) if isinstance(f.get("name"), str)]
 
@@ -152,7 +152,7 @@ def python_words(messages: list[Message]) -> set[str]:
     return {word for word in found if "'" in word or "True" in word or "False" in word or "None" in word}
 
 
-def _functions(messages: list[Message]) -> list[Mapping[str, Any]]:
+def _functions(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     return [f for call in calls for f in (call, call.get("function")) if isinstance(f, dict) and "arguments" in f]
 

@@ -80,8 +80,10 @@ class Targets:
 
     def _excluded(self, target: str, linears: list[str]) -> bool:
         """Whether a target that names none of the modules is one that was left out; these may be an adapter's alone."""
+        if not self.exclude_modules:
+            return False
         places = {target, *(f"{m.rpartition('.')[0]}.{target}" for m in linears)}
-        return bool(self.exclude_modules) and any(_named(self.exclude_modules, place) for place in places)
+        return any(_named(self.exclude_modules, place) for place in places)
 
 
 def _named(names: str | list[str], module: str) -> bool:
