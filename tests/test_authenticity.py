@@ -105,13 +105,16 @@ def test_a_method_replaced_in_one_object(tmp_path):
     refused(model, tmp_path, "model.layers.0.self_attn.q_proj.router: decide replaced")
 
 
-def test_another_gating_or_scaling_than_the_configs(tmp_path):
+def test_another_gating_mix_or_scaling_than_the_configs(tmp_path):
     model = tiny_model()
     q_proj(model).scalings = tuple(2 * s for s in q_proj(model).scalings)
     refused(model, tmp_path, "model.layers.0.self_attn.q_proj: scalings: found ")
     model, other = tiny_model(), tiny_model(top_k=3, num_experts=3)
     q_proj(model).router.gating = q_proj(other).router.gating
     refused(model, tmp_path, "model.layers.0.self_attn.q_proj.router: gating: found ")
+    model = tiny_model()
+    q_proj(model).mix = "weights"
+    refused(model, tmp_path, "model.layers.0.self_attn.q_proj: mix: found 'weights', expected 'outputs'")
 
 
 def test_every_problem_is_listed_once(tmp_path):

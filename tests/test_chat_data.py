@@ -130,6 +130,18 @@ def test_a_turn_between_added_tokens_that_are_not_special(tmp_path):
     assert ChatTemplate(tokenizer).end_token == tokenizer.convert_tokens_to_ids("<|fin|>")
 
 
+UNMARKED_END = MARKED.replace("<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n")
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "ends"), [(UNMARKED_END, False), (PLAIN, False), (MARKED, True), (CHATML, True)])
+def test_an_answer_that_nothing_ends_is_said(tmp_path, template, ends):
+    data = read(tmp_path, template, {"messages": TURNS}, {"prompt": "a", "completion": "b"})
+    assert data.endless == (() if ends else (1,))
+    note = "1 conversations end with no token with loss that ends an answer (lines 1), so nothing teaches the model"
+    assert (note in data.describe()) == (not ends)
+
+
 def test_a_system_message_that_the_template_refuses(tmp_path):
     with pytest.raises(DataError, match="chat.jsonl:1: the chat template refuses these messages: System role not supp"):
         read(tmp_path, GEMMA, {"messages": [SYSTEM, *TURNS]})
@@ -239,7 +251,12 @@ BAD = [
         message(tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),
         "messages[0].tool_calls[0].function.arguments: found JSON of type list, expected an object",
     ),
+    (
+        message(tool_calls=[{"function": {"name": "f", "arguments": '{"a": "cut \\ud83d"}'}}]),
+        "messages[0].tool_calls[0].function.arguments.a: found half a character, \\ud83d, at position 5",
+    ),
     ({"messages": TURNS, "tools": "["}, "tools: not JSON: "),
+    ({"messages": TURNS, "tools": '[{"a": "\\ud83d"}]'}, "tools[0].a: found half a character, \\ud83d, at position 1"),
     ({"messages": TURNS, "tools": {"a": 1}}, "tools: found dict, expected a list of objects"),
     ({"messages": TURNS, "chat_template_kwargs": [1]}, "chat_template_kwargs: found list, expected an object"),
     ({"messages": TURNS, "chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs: found tokenize, which"),
@@ -312,10 +329,11 @@ def test_the_token_that_closes_a_turn(template, end):
 
 def test_a_template_from_a_file(tmp_path):
     chat_tokenizer(None).save_pretrained(tmp_path)
-    (tmp_path / "mine.jinja").write_text(CHATML)
+    (tmp_path / "mine.jinja").write_text(CHATML, "utf-8-sig")
     path = write(tmp_path, {"messages": TURNS})
     data = read_data(path, load_tokenizer(tmp_path, tmp_path / "mine.jinja"), max_length=2000)
     assert said(data, CHATML) == answers("<|im_end|>\n")
+    assert data.digest == read(tmp_path, CHATML, {"messages": TURNS}).digest
     with pytest.raises(DataError, match="the tokenizer has none: use text, or prompt and completion, or give a templ"):
         read_data(path, load_tokenizer(tmp_path), max_length=2000)
     with pytest.raises(CheckpointError, match="nowhere.jinja: No such file"):
@@ -370,7 +388,7 @@ def test_file_formats(tmp_path, name, make):
         ("data.json", b'{\n "data": [\n  {"text": "a"}\n ]\n}\n', "found one JSON object (data), expected JSONL"),
         ("data.json", b'[\n{"text": "a"},\n{"text": ]\n', "a JSON array that is not JSON: Expecting value: line 3"),
         ("data.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "broken gzip file"),
-        ("data.parquet", b"PAR1....PAR1", "broken parquet file"),
+        ("data.parquet", b"PAR1....PAR1", "not parquet that can be read"),
     ],
 )
 def test_other_formats_are_named_once(tmp_path, name, raw, expected):
@@ -378,3 +396,13 @@ def test_other_formats_are_named_once(tmp_path, name, raw, expected):
     with pytest.raises(DataError) as caught:
         read_data(tmp_path / name, chat_tokenizer(CHATML), max_length=99)
     assert len(caught.value.problems) == 1 and expected in caught.value.problems[0]
+
+
+def test_a_date_that_python_has_not(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["a b"], "when": pyarrow.array([2**40], pyarrow.timestamp("s"))})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(DataError, match="data.parquet: not parquet that can be read: date value out of range"):
+        read_data(tmp_path / "data.parquet", chat_tokenizer(CHATML), max_length=99)

@@ -359,3 +359,31 @@ def test_peers_are_not_written_otherwise_than_before():
     adapter = moe_lora_interop.read(peer.directory)
     raw = raw_of(table, adapter.config, adapter.tensors, adapter.modules)
     assert not raw.keys() & {"sparsegen_cfg", "revision", "init_lora_weights", "fan_in_fan_out"}
+
+
+def test_modules_that_were_left_out_of_all_linear(tmp_path):
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["o_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    model = get_peft_model(torch_base("gqa"), config)
+    model.save_pretrained(tmp_path)
+    assert any(
+        "o_proj" in name for name in json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    )
+    with torch.no_grad():
+        wanted = model(TOKENS).logits.numpy()
+    np.testing.assert_allclose(from_the_files(tmp_path), wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"use_dora": True}, "use_dora: found True, which means DoRA"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices: found [3], which means trained rows of an emb"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save: found ['norm'], which means trained copies of whole modules"),
+    ],
+)
+def test_what_no_layout_has_comes_before_what_each_of_them_lacks(tmp_path, fields, problem):
+    get_peft_model(torch_base("gqa"), LoraConfig(target_modules=["q_proj"], **fields)).save_pretrained(tmp_path)
+    with pytest.raises(moe_lora_interop.CheckpointError, match="no known layout") as error:
+        moe_lora_interop.read(tmp_path)
+    assert error.value.problems[0].startswith(problem)

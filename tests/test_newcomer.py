@@ -24,6 +24,7 @@ MISTAKES = {
         2,
         ["base: missing file, expected one of adapter_model", "base is a model's directory, expected an adapter's"],
     ),
+    "the folder around the adapter": ("inspect .", 2, ["adapters are in its folders ", "trained", "one of these"]),
     "the adapter instead of the model": (
         "generate --model trained --adapter trained --prompt hi",
         2,

@@ -112,6 +112,15 @@ def test_all_linear_respects_exclusions():
     assert Targets("all-linear", modules_to_save=["a"]).select(linears) == ["b.q"]
 
 
+@pytest.mark.parametrize("excluded", [["up"], ["m.0.up", "m.1.up"], r".*\.up", r"m\.\d\.up"])
+@pytest.mark.parametrize("targets", [["q", "up"], ["m.0.q", "m.0.up", "m.1.q", "m.1.up"]])
+def test_what_was_left_out_need_not_be_there(targets, excluded):
+    """The modules of an adapter's file are those that were adapted; PEFT saves "all-linear" as a list of all."""
+    assert Targets(targets, exclude_modules=excluded).select(["m.0.q", "m.1.q"]) == ["m.0.q", "m.1.q"]
+    with pytest.raises(ConfigError, match="'gate': no linear layer of this name"):
+        Targets([*targets, "gate"], exclude_modules=excluded).select(["m.0.q", "m.1.q"])
+
+
 def test_the_head_can_be_named():
     assert Targets(["lm_head"]).select(["a.q", "lm_head"]) == ["lm_head"]
 

@@ -32,7 +32,7 @@ def check_ours(model: nnx.Module, config: MoeLoraConfig, root: str = "") -> None
 
     Raises:
         CheckpointError: a layer or router whose class is not exactly ours, one with a method replaced, or one whose
-            gating or scaling is not the config's; all of them.
+            gating, mix or scaling is not the config's; all of them.
     """
     problems = list(dict.fromkeys(_problems(model, config, root)))
     if problems:
@@ -51,9 +51,12 @@ def _problems(model: nnx.Module, config: MoeLoraConfig, root: str) -> Iterator[s
         elif replaced := [n for n, v in vars(module).items() if callable(v) and callable(getattr(kind, n, None))]:
             yield f"{path}: {', '.join(replaced)} replaced, expected the method of {kind.__name__}"
         elif isinstance(module, MoeLoraLinear | SlotLinear):
-            name = _module(path, names)
-            if (expected := config.for_module(name).scalings) != module.scalings:
+            sizes = config.for_module(_module(path, names))
+            if (expected := sizes.scalings) != module.scalings:
                 yield f"{path}: scalings: found {module.scalings}, expected {expected} as in the config"
+            mix = config.mix if sizes.has_router else "outputs"
+            if isinstance(module, MoeLoraLinear) and module.mix != mix:
+                yield f"{path}: mix: found {module.mix!r}, expected {mix!r} as in the config"
         elif kind in ROUTERS:
             owner = path.rpartition(".")[0] if kind is not ModelRouter else ""
             rule = Gating.of(config, config.for_module(_module(owner, names)))

@@ -65,9 +65,13 @@ def for_file(tensors: Mapping[Slot, Tensor], before: FileDtypes, dtype: Any = No
 
 def checked(dtype: Any, name: str) -> np.dtype:
     """Raises ValueError unless it is a dtype that adapters have."""
-    found = jnp.dtype(dtype)
-    if found.name not in DTYPES:
-        raise ValueError(f"{name}: found {found.name}, expected None or one of {', '.join(DTYPES)}")
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        shown = repr(dtype) if found is None else found.name
+        raise ValueError(f"{name}: found {shown}, expected None or one of {', '.join(DTYPES)}")
     return found
 
 

@@ -57,7 +57,7 @@ def generate(
         from moe_lora_jax.models import load_base_model
         from moe_lora_jax.train.end_of_text import end_ids
         from moe_lora_jax.train.errors import BadLine
-        from moe_lora_jax.train.records import check_text
+        from moe_lora_jax.train.messages import check_text
         from moe_lora_jax.train.template import ChatTemplate, Conversation
         from moe_lora_jax.train.tokenizer import load_tokenizer, prompt_ids
         from moe_lora_jax.train.turns import prompt_of

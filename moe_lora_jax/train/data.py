@@ -38,6 +38,7 @@ class TokenData:
         dropped: lines left out because the cut took every counted token.
         unused: {key of a line that nothing reads: on how many lines}.
         lost: {line: turns of the assistant that carry no loss, because the template renders them differently later}.
+        endless: lines whose last answer ends with no token of its own.
     """
 
     file: Path
@@ -46,6 +47,7 @@ class TokenData:
     dropped: tuple[int, ...] = ()
     unused: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[int, int] = field(default_factory=dict)
+    endless: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -74,6 +76,12 @@ class TokenData:
                 f"; {sum(self.lost.values()):,} earlier turns of the assistant carry no loss, because the chat "
                 f"template renders them differently once more messages follow ({_lines(tuple(self.lost))}): mark them "
                 "with {% generation %} in a template of your own (--chat-template)"
+            )
+        if self.endless:
+            text += (
+                f"; {len(self.endless):,} conversations end with no token with loss that ends an answer "
+                f"({_lines(self.endless)}), so nothing teaches the model to stop: put one into the assistant's turn "
+                "in a template of your own (--chat-template)"
             )
         for key, count in self.unused.items():
             text += f"; unused key {key!r} on {count:,} {'line' if count == 1 else 'lines'}"
@@ -108,6 +116,7 @@ def read_data(
     dropped: list[int] = []
     unused: Counter[str] = Counter()
     lost: dict[int, int] = {}
+    endless: list[int] = []
     encode = Encoder(tokenizer, keys)
     for number, record in read_records(path):
         try:
@@ -128,6 +137,8 @@ def read_data(
             continue
         if encoded.lost:
             lost[number] = encoded.lost
+        if not encoded.ends:
+            endless.append(number)
         if len(ids) > max_length:
             kept = any(counted[1:max_length])
             (truncated if kept else dropped).append(number)
@@ -140,7 +151,7 @@ def read_data(
         raise DataError("no data", [f"{path}: no example has a token with loss within max_length = {max_length}"])
     if not examples:
         raise DataError("no data", [f"{path}: no examples, {EXPECTED} on each line"])
-    return TokenData(path, tuple(examples), tuple(truncated), tuple(dropped), dict(unused), lost)
+    return TokenData(path, tuple(examples), tuple(truncated), tuple(dropped), dict(unused), lost, tuple(endless))
 
 
 def check_vocabulary(data: TokenData, model: Any) -> None:

@@ -45,6 +45,33 @@ def from_sharegpt(value: Any) -> Any:
     return made
 
 
+def check_text(value: Any, where: str = "") -> None:
+    """Raises BadLine for half a character: a surrogate without its other half, which is in no text of whole ones."""
+    if isinstance(value, str):
+        found = next((i for i, c in enumerate(value) if "\ud800" <= c <= "\udfff"), None)
+        if found is not None:
+            half = f"half a character, \\u{ord(value[found]):04x}, at position {found + 1}"
+            problem = f"found {half}: an emoji or the like was cut in two, or bytes are not UTF-8"
+            raise BadLine(f"{where}: {problem}" if where else problem)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            check_text(key, f"a key of {where or 'the record'}")
+            check_text(inner, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            check_text(inner, f"{where}[{i}]")
+
+
+def parsed(text: str, where: str) -> Any:
+    """What JSON text within a record says, or BadLine."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadLine(f"{where}: not JSON: {error}") from None
+    check_text(value, where)
+    return value
+
+
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadLine(f"{where}: expected an object with the strings role and content")
@@ -89,10 +116,7 @@ def _call(call: Any, where: str) -> Any:
 
 
 def _arguments(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise BadLine(f"{where}: not JSON: {error}") from None
+    value = parsed(text or "{}", where)
     if not isinstance(value, dict):
         raise BadLine(f"{where}: found JSON of type {type(value).__name__}, expected an object")
     return value

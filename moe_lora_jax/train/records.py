@@ -16,13 +16,12 @@ adds, unless it has them already; a completion is tokenized on its own and put a
 border; the tokenizer's end token closes a text or a completion. Messages go through the tokenizer's chat template.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moe_lora_jax.train.errors import BadLine
-from moe_lora_jax.train.messages import from_sharegpt, read_messages
+from moe_lora_jax.train.messages import check_text, from_sharegpt, parsed, read_messages
 from moe_lora_jax.train.template import ChatTemplate, Conversation
 from moe_lora_jax.train.tokenizer import bare_ids, prompt_ids, text_ids
 from moe_lora_jax.train.turns import encode_turns
@@ -34,12 +33,15 @@ _BESIDE_MESSAGES = ("tools", "documents", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids, counted: true for the tokens that are targets. unused: keys that nothing reads. lost: see `Turns`."""
+    """ids, counted: true for the tokens that are targets. unused: keys that nothing reads. lost, ends: see
+    `Turns`.
+    """
 
     ids: list[int]
     counted: list[bool]
     unused: Collection[str] = ()
     lost: int = 0
+    ends: bool = True
 
 
 class Encoder:
@@ -91,7 +93,7 @@ class Encoder:
         unread += [f"chat_template_kwargs.{key}" for key in kwargs if not template.reads(key)]
         fields = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
         unread += [f"{form[0]}.{key}" for key in fields if not template.reads(key)]
-        return Encoded(made.ids, made.counted, [*unused, *unread], made.lost)
+        return Encoded(made.ids, made.counted, [*unused, *unread], made.lost, made.ends)
 
     def _template(self, with_tools: bool) -> ChatTemplate:
         if with_tools not in self._templates:
@@ -101,23 +103,6 @@ class Encoder:
     def _closed(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def check_text(value: Any, where: str = "") -> None:
-    """Raises BadLine for half a character: a surrogate without its other half, which is in no text of whole ones."""
-    if isinstance(value, str):
-        found = next((i for i, c in enumerate(value) if "\ud800" <= c <= "\udfff"), None)
-        if found is not None:
-            half = f"half a character, \\u{ord(value[found]):04x}, at position {found + 1}"
-            problem = f"found {half}: an emoji or the like was cut in two, or bytes are not UTF-8"
-            raise BadLine(f"{where}: {problem}" if where else problem)
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            check_text(key, f"a key of {where or 'the record'}")
-            check_text(inner, f"{where}.{key}" if where else key)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            check_text(inner, f"{where}[{i}]")
 
 
 def _form(record: dict[str, Any]) -> tuple[str, ...]:
@@ -149,10 +134,7 @@ def _json_list(record: Mapping[str, Any], key: str) -> list[Any] | None:
     """A list of objects, which some data sets have as a string of JSON."""
     value = record.get(key)
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadLine(f"{key}: not JSON: {error}") from None
+        value = parsed(value, key)
     if value is not None and not (isinstance(value, list) and all(isinstance(element, dict) for element in value)):
         raise BadLine(f"{key}: found {type(value).__name__}, expected a list of objects")
     return value

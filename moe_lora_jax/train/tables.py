@@ -121,8 +121,13 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError("cannot read the data", [f"{path}: {hint}"]) from error
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError("cannot read the data", [f"{path}: broken parquet file: {error}"]) from error
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a date too far
+        raise DataError("cannot read the data", [f"{path}: not parquet that can be read: {error}"]) from error
     return enumerate(map(_without_nulls, rows), start=1)
 
 

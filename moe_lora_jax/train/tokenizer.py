@@ -95,7 +95,7 @@ def _parts(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except OSError as error:
         raise CheckpointError("cannot read the chat template", [f"{path}: {error.strerror}"]) from error
     except UnicodeDecodeError as error:

@@ -19,11 +19,14 @@ from moe_lora_jax.train.tokenizer import bare_ids
 
 
 class Turns(NamedTuple):
-    """ids: of the whole conversation. counted: true for the assistant's. lost: turns of its that carry no loss."""
+    """ids: of the whole conversation. counted: true for the assistant's. lost: turns of its that carry no loss.
+    ends: whether the last of them ends with a token of its own, which then teaches where to stop.
+    """
 
     ids: list[int]
     counted: list[bool]
     lost: int = 0
+    ends: bool = True
 
 
 def encode_turns(template: ChatTemplate, conversation: Conversation) -> Turns:
@@ -40,7 +43,7 @@ def encode_turns(template: ChatTemplate, conversation: Conversation) -> Turns:
                 template.tokenizer, text, [(_answers_start(template, conversation, text), len(text))]
             )
             marked = [m and a for m, a in zip(marked, answers, strict=True)]
-        return Turns(ids, marked)
+        return Turns(ids, marked, ends=_ends(template.tokenizer, ids, marked))
     last = conversation.messages[-1]["role"]
     if last != "assistant":
         raise BadLine(f"the last message is from {last!r}, expected 'assistant'")
@@ -61,12 +64,22 @@ def encode_turns(template: ChatTemplate, conversation: Conversation) -> Turns:
                 "the chat template renders the earlier turns differently once the answer follows, so the answer cannot "
                 "be told apart: mark it with {% generation %} in the template, or use prompt and completion"
             )
-    return Turns(bare_ids(template.tokenizer, text), _overlapping(template.tokenizer, text, spans), lost)
+    ids, counted = bare_ids(template.tokenizer, text), _overlapping(template.tokenizer, text, spans)
+    return Turns(ids, counted, lost, _ends(template.tokenizer, ids, counted))
 
 
 def prompt_of(template: ChatTemplate, conversation: Conversation) -> list[int]:
     """The tokens of a conversation that the assistant is to continue."""
     return bare_ids(template.tokenizer, template.fitting(conversation, prompt=True)[1])
+
+
+def _ends(tokenizer: Any, ids: Sequence[int], counted: Sequence[bool]) -> bool:
+    """Whether the last token that counts is an added one, white space aside."""
+    added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    for token in (i for i, counts in zip(reversed(ids), reversed(counted), strict=True) if counts):
+        if token in added or tokenizer.decode([token]).strip():
+            return token in added
+    return False
 
 
 def _between_renderings(

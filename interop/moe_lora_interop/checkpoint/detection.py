@@ -7,6 +7,7 @@ from moe_lora_interop.dialects.registry import dialect_named, file_dialects
 from moe_lora_interop.dialects.unread import naming_unread
 from moe_lora_interop.disk import files
 from moe_lora_interop.errors import CheckpointError
+from moe_lora_interop.rules.configs import refusals
 from moe_lora_interop.rules.dialect import Dialect
 
 
@@ -52,4 +53,4 @@ def _detected(directory: Directory) -> Dialect:
     problems = [f"{name}: {'; '.join(reason) or 'fits'}" for name, reason in reasons.items()]
     if fitting:
         raise CheckpointError(f"{directory.path} fits several layouts, name one", problems)
-    raise CheckpointError(f"{directory.path} is in no known layout", problems)
+    raise CheckpointError(f"{directory.path} is in no known layout", [*refusals(directory.config() or {}), *problems])

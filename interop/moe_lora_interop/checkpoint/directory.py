@@ -178,6 +178,9 @@ class Directory(ExitStack):
                 problems.append(f"{self.path / files.CONFIG_NAME}: missing file")
             if (self.path / "config.json").is_file():
                 problems.append(f"{self.path} is a model's directory, expected an adapter's")
+            inside = sorted(path.parent.name for path in self.path.glob(f"*/{files.CONFIG_NAME}"))
+            if inside:
+                problems.append(f"adapters are in its folders {', '.join(inside)}: expected one of these")
             raise CheckpointError("not a checkpoint", problems)
         return found
 

@@ -98,9 +98,18 @@ class Targets:
     def _unmatched(self, linears: list[str], explained: bool) -> list[str]:
         """The targets that name no layer; all of them if nothing is chosen and nothing has `explained` that."""
         if isinstance(self.target_modules, list):
-            missing = [t for t in self.target_modules if not any(_named([t], m) for m in linears)]
+            exact = set(linears)
+            found = {t for t in self.target_modules if t in exact or any(_named([t], m) for m in linears)}
+            missing = [t for t in self.target_modules if t not in found and not self._excluded(t, linears)]
             return missing or ([] if explained else self.target_modules or ["[]"])
         return [] if explained else [str(self.target_modules)]
+
+    def _excluded(self, target: str, linears: list[str]) -> bool:
+        """Whether a target that names none of the modules is one that was left out; these may be an adapter's alone."""
+        if not self.exclude_modules:
+            return False
+        places = {target, *(f"{m.rpartition('.')[0]}.{target}" for m in linears)}
+        return any(_named(self.exclude_modules, place) for place in places)
 
 
 def _named(names: str | list[str], module: str) -> bool:

@@ -187,6 +187,12 @@ def _unread(fields: Mapping[str, Any], known: Collection[str], ignore: Collectio
     return problems
 
 
+def refusals(raw: Mapping[str, Any]) -> list[str]:
+    """The fields that make more of an adapter than any layout has, with what they mean."""
+    found = ((name, value) for name, value in raw.items() if name in REFUSED and value not in EMPTY)
+    return [f"{name}: found {value!r}, which means {REFUSED[name]}" for name, value in found]
+
+
 def _unfolded(raw: Mapping[str, Any], known: Collection[str], prefix: str = "") -> dict[str, Any]:
     """The fields, with those of an object as "a.b" where some of them are known by such a name."""
     fields: dict[str, Any] = {}
