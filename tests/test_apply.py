@@ -104,7 +104,7 @@ def test_train_and_eval_reach_every_layer():
     model = applied(lora_dropout=0.5)
     expected = run(model)
     model.train()
-    assert not any(model.layers[i].q_proj.deterministic for i in range(2))
+    assert not any(model.layers[i].q_proj.dropout.deterministic for i in range(2))
     assert (run(model) != expected).any()
     model.eval()
     np.testing.assert_array_equal(run(model), expected)

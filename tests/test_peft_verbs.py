@@ -516,8 +516,14 @@ def test_adapter_names_that_peft_would_confuse(name, message, first):
         ({"target_modules": ["q_proj", "v_porj"]}, "'v_porj': no linear layer of this name is targeted; did you mean"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens': no linear layer of this name"),
         ({"target_modules": "nothing"}, "'nothing': no linear layer of this name"),
-        ({"top_k": 2, "num_experts_pattern": {"q_proj": 2}, "top_k_pattern": {"q_proj": 3}}, "q_proj: top_k is 3"),
-        ({"r": [1, 2, 3], "num_experts_pattern": {"q_proj": 2}}, "q_proj: r has 3 entries, expected one number or 2"),
+        (
+            {"top_k": 2, "num_experts_pattern": {"q_proj": 2}, "top_k_pattern": {"q_proj": 3}},
+            "q_proj: top_k: found 3",
+        ),
+        (
+            {"r": [1, 2, 3], "num_experts_pattern": {"q_proj": 2}},
+            "q_proj: r: found the list",
+        ),
         (
             {"scope": "ffn"},
             "self_attn: found the layers .*, expected several, exactly one of which has the block's output",
