@@ -25,13 +25,13 @@ def check_no_whole_modules(path: Path, raw: Mapping[str, Any], stored: Iterable[
 
 def warn_of_base_tensors(source: str, found: Mapping[str, Tensor]) -> None:
     """Says that tensors of the base model are left out, if there are any."""
-    for note in left_out(found):
+    for note in left_out({name: tensor.shape for name, tensor in found.items()}):
         warnings.warn(f"{source}: {note}", UserWarning, stacklevel=3)
 
 
-def left_out(found: Mapping[str, Tensor]) -> list[str]:
-    """A sentence on the tensors of the base model that are left out, if there are any."""
-    names = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in found.items())
+def left_out(found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A sentence on the tensors of the base model that are left out, if there are any: {name: shape}."""
+    names = ", ".join(f"{name} {list(shape)}" for name, shape in found.items())
     note = (
         f"left out: {names}. These belong to the base model: PEFT saves them too if embeddings or the head are "
         "targeted or resized. moe-lora verify --base compares them with a base's own"

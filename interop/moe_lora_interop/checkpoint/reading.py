@@ -19,7 +19,7 @@ from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.rules.base_tensors import PREFIX, base_tensors, whole_modules
 from moe_lora_interop.rules.configs import config_of
 from moe_lora_interop.rules.dialect import Dialect
-from moe_lora_interop.rules.tensors import ByRule, Canonical, Sizes, claimed, differing, moved
+from moe_lora_interop.rules.tensors import ByRule, Canonical, Sizes, claim, claimed, differing, moved
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,15 @@ class Reading:
         return adapter
 
     def notes(self) -> list[str]:
-        """What else the files hold: tensors of the base model, and modules that were trained whole."""
-        names = self.stored.raw.get("modules_to_save")
-        whole = whole_modules(names, self.stored.infos) if isinstance(names, list) else []
-        found = {n: t for n, t in base_tensors(self._claimed[0]).items() if f"{PREFIX}{n}" not in whole}
+        """What else the files hold, by their headers: tensors of the base model, and modules that were trained whole."""
+        names, infos = self.stored.raw.get("modules_to_save"), self.stored.infos
+        whole = whole_modules(names, infos) if isinstance(names, list) else []
+        rules = {
+            key: claim(self.dialect.rules, key, len(info.shape)) for key, info in infos.items() if key not in whole
+        }
+        of_base = {k.removeprefix(PREFIX): infos[k].shape for k, rule in rules.items() if rule and rule.copy == "base"}
         trained = [f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole]
-        return [*left_out(found), *trained]
+        return [*left_out(of_base), *trained]
 
     def _incomplete(self, problems: list[str]) -> CheckpointError:
         hint = [self.dialect.hint] if self.dialect.hint else []
