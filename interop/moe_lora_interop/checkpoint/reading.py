@@ -107,7 +107,7 @@ class Reading:
         return adapter
 
     def notes(self) -> list[str]:
-        """What else the files hold, by their headers: tensors of the base model, and modules that were trained whole."""
+        """What else the files hold, by their headers: tensors of the base model, and modules trained whole."""
         names, infos = self.stored.raw.get("modules_to_save"), self.stored.infos
         whole = whole_modules(names, infos) if isinstance(names, list) else []
         rules = {
