@@ -77,6 +77,7 @@ def run(tests: Path, arguments: list[str], quick: bool = False) -> dict[str, tup
             "PEFT_SUITE_RESULTS": str(results),
             "PEFT_SUITE_QUICK": "1" if quick else "",
             "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": str(models),
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",
         }

@@ -105,11 +105,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_models(root: Path) -> None:
-    """Writes the stand-ins at `root`/hub id. Run from `root`, PEFT's tests find them: a directory precedes the hub."""
+    """Writes the stand-ins as the Hub's cache at `root` has them: with HF_HUB_CACHE=`root`, PEFT's tests find them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for hub_id, (model_type, sizes) in MODELS.items():
-        if not (root / hub_id / "config.json").exists():
+        folder = root / f"models--{hub_id.replace('/', '--')}"
+        if not (folder / "refs" / "main").exists():
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(root / hub_id)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes))
+            model.save_pretrained(folder / "snapshots" / "made_here")
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / "main").write_text("made_here")

@@ -51,9 +51,6 @@ KNOWN: dict[tuple[str, str], str] = {
         "rounding: fewer rows at once round the logits differently by 5e-7, and the test allows a log probability of "
         "-7e-4 to differ by 1e-5 of itself"
     ),
-    (r"test_save_pretrained\w*\[", "'base_model'"): (
-        "the suite's base models are folders here: the card's YAML names no path, which the Hub would reject"
-    ),
     (r"mixed_adapter_batches\[.*OPT", "Length of `adapter_names` should be the same as the number of inputs"): (
         "OPT flattens batch and sequence before its feed-forward layers: PEFT's LoRA raises the same error there"
     ),
