@@ -153,7 +153,7 @@ def test_whole_modules_are_refused_by_name(bases, tmp_path, kind):
 
 
 def test_a_quantised_base_cannot_be_compared_and_says_so(bases, tmp_path):
-    pytest.importorskip("qwix")
+    pytest.importorskip("qwix", reason="needs the extra quant (pip install 'moe-lora-jax[quant]')")
     saved_by_peft(bases[False], tmp_path, save_embedding_layers=True)
     model = mlj.quantize_base(mlj.load_base_model(bases[False]), "int8", block_size=8)
     with pytest.warns(UserWarning, match="cannot be compared with this base"):
