@@ -5,14 +5,15 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust scale fuzz zero3 tunix compat package audit clean
+.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust scale fuzz zero3 tunix compat current package audit clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
 
-# with the first two notebooks; the other two take longer (make notebooks)
+# with the first two notebooks (the other two take longer: make notebooks), and the short form of make current
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests notebooks/01*.ipynb notebooks/02*.ipynb
+	$(BIN)/nox -s current -- --quick
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -51,6 +52,10 @@ peft-suite-quick: .venv/installed
 compat: .venv/installed
 	$(BIN)/nox -s compat
 
+# today's jax and flax on a newer Python, without torch; `make test` has the short form
+current: .venv/installed
+	$(BIN)/nox -s current
+
 # the wheel, alone and with each extra in a clean environment
 package: .venv/installed
 	$(BIN)/nox -s package
@@ -65,11 +70,10 @@ zero3: .venv/installed
 		deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 ninja==1.13.2 py-cpuinfo==9.0.0
 	PYTHONPATH=build/deepspeed DS_ACCELERATOR=cpu $(BIN)/python -m pytest tests/test_trainers.py -k zero3
 
-# a model and the trainer of google-tunix, installed beside the project: it asks for packages that the project does not want
+# a model and the trainer of google-tunix, installed beside the project: it asks for packages that the project does not
+# want. `make current` does the same on a newer jax
 tunix: .venv/installed
-	$(BIN)/pip install --quiet --no-deps --target build/tunix google-tunix==0.1.7 qwix==0.1.8 google-metrax==0.2.4 \
-		clu==0.0.12 jaxtyping==0.3.11 kagglehub==1.0.3 omegaconf==2.4.0 perfetto==0.59.1 sentencepiece==0.2.3 \
-		tenacity==9.2.1 wadler_lindig==0.1.8 wrapt==2.5.2
+	$(BIN)/pip install --quiet --no-deps --target build/tunix -r tools/tunix.txt
 	PYTHONPATH=build/tunix $(BIN)/python -m pytest tests/test_tunix.py
 
 # a site in build/site; links are checked

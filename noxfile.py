@@ -1,9 +1,10 @@
-"""Checks that need environments of their own, each made by venv and pip: `make compat`, `make package`, `make audit`.
+"""Checks that need environments of their own, each made by venv and pip: `make compat`, `current`, `package`, `audit`.
 
 uv is not used: it does not see wheels that pip finds by its own configuration, such as a CPU build of torch.
 """
 
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -16,6 +17,11 @@ nox.options.reuse_venv = "yes"
 ROOT = Path(__file__).parent
 ROUND_TRIPS = ("test_golden", "test_files", "test_checkpoint", "test_parity", "test_cli")
 EXTRAS = ("", "jax", "torch", "all")
+# the tests of what runs in JAX alone; the first are the short form. What equals PyTorch is shown on Python 3.11
+CURRENT_QUICK = ("layers", "gating", "apply", "checkpoint", "display", "train_step", "verbs_quickstart")
+CURRENT = (*CURRENT_QUICK, "adapter", "adapter_dtypes", "authenticity", "data", "chat_data", "lazy", "mesh", "own_loop")
+CURRENT += ("processes", "report", "run_config", "summary", "token_ids", "train_health", "train_loop", "train_losses")
+CURRENT += ("train_optimizer", "train_scan", "train_settings", "trust_training", "verbs_generate", "verbs_train")
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
@@ -24,7 +30,8 @@ def lower_bounds() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     requirements = map(Requirement, [*project["dependencies"], *extras["jax"], *extras["torch"], *extras["train"]])
-    return sorted({f"{r.name}=={s.version}" for r in requirements for s in r.specifier if s.operator == ">="})
+    here = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return sorted({f"{r.name}=={s.version}" for r in here for s in r.specifier if s.operator == ">="})
 
 
 def torch_pin() -> str:
@@ -45,6 +52,31 @@ def compat(session: nox.Session, versions: str) -> None:
     # other versions warn of other things; that the numbers and files are the same is what is tested here
     tests = [f"tests/{name}.py" for name in ROUND_TRIPS]
     session.run("python", "-m", "pytest", "-W", "default", *tests, *session.posargs, env=ENVIRONMENT)
+
+
+def newest_python() -> str | None:
+    """The newest interpreter here that today's jax takes; pyenv's are not on the path."""
+    homes = sorted((Path.home() / ".pyenv/versions").glob("3.1[23]*/bin/python"), reverse=True)
+    for found in ("python3.13", "python3.12", *map(str, homes)):
+        tried = [found, "-c", "import sys; assert sys.version_info >= (3, 12)"]
+        if shutil.which(found) and subprocess.run(tried, capture_output=True).returncode == 0:
+            return found
+    return None
+
+
+@nox.session(python=newest_python())
+def current(session: nox.Session) -> None:
+    """Today's jax and flax, which need Python 3.12 or newer; without torch. `-- --quick` is the short form."""
+    if session.python is None:
+        session.error("found no Python 3.12 or newer, which the newest jax needs")
+    session.install("-c", "constraints-current.txt", "-e", ".[report]", "hypothesis", "pytest", "pytest-xdist")
+    quick = "--quick" in session.posargs
+    if not quick:
+        session.install("-c", "constraints-current.txt", "pandas")
+        session.install("--no-deps", "-r", "tools/tunix.txt")
+    tests = [f"tests/test_{name}.py" for name in (CURRENT_QUICK if quick else (*CURRENT, "tunix"))]
+    session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", *tests, env=ENVIRONMENT)
+    session.run("moe-lora", "quickstart", "--output-dir", session.create_tmp(), "--steps", "40", env=ENVIRONMENT)
 
 
 @nox.session

@@ -1,21 +1,20 @@
 """A model and the trainer of google-tunix, unchanged (`make tunix`; the package has an environment of its own)."""
 
+import importlib.util
+
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
-import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file
 
-import moe_lora_interop.peft_tuner  # noqa: F401  registers MOE_LORA
 import moe_lora_jax as mlj
-from tests.hf import default_rope, make_model, save_model
+from tests.mesh_base import write_base
 from tests.toy import assert_same_leaves, leaves
 
-pytest.importorskip("tunix", reason="google-tunix is not installed beside the project (make tunix)")
+if importlib.util.find_spec("tunix") is None:
+    pytest.skip("google-tunix is not installed beside the project (make tunix)", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")  # tunix calls what flax 0.12 has deprecated
 
 IDS = np.random.default_rng(0).integers(3, 90, (2, 7))
@@ -37,8 +36,7 @@ def spec():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     # tunix 0.1.7 leaves rope_theta at 1e6, whatever its config says
-    model = make_model("llama", rms_norm_eps=1e-6, rope_parameters=default_rope(1e6))
-    return save_model(model, tmp_path_factory.mktemp("base"))
+    return write_base(tmp_path_factory.mktemp("tunix") / "base", vocab_size=97, rms_norm_eps=1e-6, rope_theta=1e6)
 
 
 def tunix_llama(base):
@@ -69,13 +67,11 @@ def logits(model, ids=IDS):
     return np.asarray(model(jnp.asarray(ids), **inputs(ids))[0])
 
 
-def test_peft_trainer_trains_it_and_peft_loads_it(base, tmp_path):
+def test_peft_trainer_trains_it_and_others_load_it(base, tmp_path):
     from tunix.sft import peft_trainer
 
     model = tunix_llama(base)
-    with torch.no_grad():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
-        expected = theirs(torch.tensor(IDS)).logits.numpy()
+    expected = np.asarray(mlj.load_base_model(base, dtype="float32")(jnp.asarray(IDS)))
     np.testing.assert_allclose(logits(model), expected, atol=1e-5 * np.abs(expected).max())
 
     frozen = leaves(model)
@@ -103,8 +99,22 @@ def test_peft_trainer_trains_it_and_peft_loads_it(base, tmp_path):
     assert np.abs(after - expected).max() > 1e-2 * scale
 
     mlj.save_pretrained(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    with torch.no_grad():
-        np.testing.assert_allclose(loaded(torch.tensor(IDS)).logits.numpy(), after, atol=2e-5 * scale)
+    ours = mlj.load_adapter(mlj.load_base_model(base, dtype="float32"), tmp_path)
+    np.testing.assert_allclose(np.asarray(ours(jnp.asarray(IDS))), after, atol=2e-5 * scale)
     again = mlj.load_adapter(tunix_llama(base), tmp_path, spec=spec())
     np.testing.assert_array_equal(logits(again), after)
+    if importlib.util.find_spec("torch"):  # not on the Pythons of `make current`
+        assert_peft_agrees(base, tmp_path, after)
+
+
+def assert_peft_agrees(base, adapter, expected):
+    import peft
+    import torch
+    import transformers
+
+    import moe_lora_interop.peft_tuner  # noqa: F401  registers MOE_LORA
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(model, adapter).eval()(torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
