@@ -191,6 +191,11 @@ MANIFESTS = {
         lambda: moe_peft("mola", attention="experts"),
         {"peft_type": "MOLA", "routing_strategy": "mola", "bias": "none"},
     ),
+    "dynmole": (
+        "dynmole",
+        lambda: moe_peft("dynmole", attention="experts"),
+        {"peft_type": "DYNMOLE", "routing_strategy": "dynmole", "bias": "none"},
+    ),
     "mixlora": ("mixlora", lambda: moe_peft("mixlora", "ffn"), MIXLORA),
     "mixlora legacy": ("mixlora-legacy", mixlora_legacy, {**MIXLORA, "routing_strategy": "mixtral"}),
     "mola": ("mola", mola, LORA),

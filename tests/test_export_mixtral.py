@@ -183,6 +183,8 @@ REFUSED = {
     "threshold": ({"top_k": None, "threshold": 0.3}, "threshold: found 0.3"),
     "sigmoid": ({"scoring_func": "sigmoid"}, "scoring_func: found sigmoid, expected softmax"),
     "abs": ({"scoring_func": "abs_softmax"}, "scoring_func: found abs_softmax"),
+    "top_p": ({"top_p": 0.5, "top_k": 2}, "top_p: found 0.5, expected null"),
+    "entropy": ({"entropy_threshold": 0.5, "top_k": 2}, "entropy_threshold: found 0.5, expected null"),
     "identity": ({"scoring_func": "identity", "norm_topk_prob": False}, "scoring_func: found identity"),
     "norm": ({"norm_topk_prob": False}, "norm_topk_prob: found false"),
     "factor": ({"routed_scaling_factor": 2.0}, "routed_scaling_factor: found 2.0, expected 1"),

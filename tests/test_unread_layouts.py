@@ -9,6 +9,7 @@ import pytest
 import moe_lora_interop
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
 from moe_lora_interop.disk import files, torch_files
+from tests.test_peers import OPTIONS
 
 FOLDER = Path(__file__).parent / "peers_refused"
 REFUSED = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
@@ -16,18 +17,12 @@ NAMES = {
     "coin-adapter": "CoIN",
     "coin-trainer": "CoIN",
     "comol-core_router": "CoMoL",
-    "dynmole-no_entropy": "DynMoLE",
     "ewora-rank_pattern": "EWoRA",
     "ld_mole-softmax": "LD-MoLE",
     "ld_mole-sparsegen_attention": "LD-MoLE",
     "meteora-top1": "MeteoRA",
     "mtl_lora-mtl_lora": "MTL-LoRA",
     "xlora_original-depth1": "X-LoRA's own program",
-}
-OPTIONS = {
-    "mola": {"top_k": 1},
-    "peft-router": {"router_input": "hidden", "top_k": None},
-    "for-ai-molora": {"r": 4, "num_experts": 5},
 }
 ERRORS = (moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError)
 every = pytest.mark.parametrize("case", NAMES)

@@ -95,6 +95,9 @@ def configs(draw, scope: str, router_input: str, usual_mix: str) -> MoeLoraConfi
     selection = draw(st.sampled_from(["dense", "top_k", "threshold", "adaptive"]))
     if selection == "top_k":
         fields["top_k"] = draw(st.integers(1, experts))
+        fields["top_p"] = draw(st.sampled_from([None, None, 0.6]))
+        fields |= draw(st.sampled_from([{}, {}, {"entropy_threshold": 0.8, "entropy_eps": 1e-3}]))
+        fields["entropy_index"] = draw(st.sampled_from([1.0, 1.7]))
     if selection in ("threshold", "adaptive"):
         fields |= {"threshold": draw(st.sampled_from([0.2, 0.5])), "adaptive_threshold": selection == "adaptive"}
     if router_input == "task":
@@ -219,6 +222,8 @@ SIGNED = {"scoring_func": "identity", "norm_topk_prob": False}
 WORDS = {
     "signed": {**SIGNED, "router_bias": True},
     "signed top 2 of whole blocks": {**SIGNED, "scope": "ffn", "top_k": 2, **ATTENTION_ALONE},
+    "top p": {"top_k": 1, "top_p": 0.7, "norm_topk_prob": False},
+    "entropy of whole blocks": {"scope": "ffn", "top_k": 1, "top_p": 0.6, "entropy_threshold": 0.7, **ATTENTION_ALONE},
     "signed top 1 of the model": {**SIGNED, "scope": "model", "top_k": 1, "router_temperature": 0.5},
 }
 

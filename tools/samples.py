@@ -29,6 +29,11 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "hydralora": ("hydralora", {}, _ATTENTION),
     "moe-peft-loramoe": ("", _PLAIN_ATTENTION, (*_ATTENTION, *_FFN)),
     "moe-peft-mola": ("mola", {}, (*_ATTENTION, *_FFN)),
+    "dynmole": (
+        "",
+        {"top_k": 1, "top_p": 0.7, "entropy_threshold": 0.9, "entropy_index": 1.1, "norm_topk_prob": False},
+        _ATTENTION,
+    ),
     "mixlora": ("mixlora", {"router_aux_loss": "switch", "router_aux_loss_coef": 0.0}, (*_ATTENTION, *_FFN)),
     "mixlora-legacy": ("mixlora", {"router_aux_loss": "switch", "router_aux_loss_coef": 0.0}, (*_ATTENTION, *_FFN)),
     "mola": (

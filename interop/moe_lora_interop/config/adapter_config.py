@@ -5,6 +5,9 @@ The forward pass that a config describes, for a target linear layer W0 with expe
     z      = (R x + b) / router_temperature                      router logits, fp32, [expert]
     p      = softmax(z) | softmax(|z|) | sigmoid(z) | z          scoring_func
     keep   = all | the top_k largest p | p >= tau                tau = threshold, times sigmoid(w.x + c) if adaptive
+             and with top_p those whose p, added to all larger ones, makes at most top_p (DynMoLE)
+             and all where H > entropy_threshold, H = (1 - sum_e P_e^q) / (1 - E^(1-q)), or, q being 1,
+             -sum_e P_e log P_e / log E;  P = p + entropy_eps, q = entropy_index
     g      = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
     y      = W0 x + sum_e routed_scaling_factor * g_e * s_e * B_e A_e x
     s_e    = lora_alpha_e / r_e, or lora_alpha_e / sqrt(r_e) with use_rslora
@@ -50,6 +53,7 @@ from moe_lora_interop.config.allowed import (
     TARGETS,
     TEXT,
     TOP_K_PATTERN,
+    added,
     exactly,
     integer,
     one_of,
@@ -113,6 +117,12 @@ class MoeLoraConfig:
         threshold: keep experts with p >= threshold (MoLE); with adaptive_threshold it is the largest tau
             (AdaMoLE, arXiv:2405.00361).
         adaptive_threshold: tau = threshold * sigmoid(w.x + c) is learned per module, and subtracted from p.
+        top_p: top_k is then the fewest: more experts are kept as long as the sum of the largest p, their own included,
+            is at most top_p (DynMoLE, github.com/mikecovlee/DynMoLE).
+        entropy_threshold: top_k is then the fewest: all experts are kept for a token whose entropy H, as a part of the
+            largest possible, is above it (DynMoLE).
+        entropy_index: q of H, which is Tsallis' entropy; 1 is Shannon's.
+        entropy_eps: added to every p in H.
         norm_topk_prob: divide the kept weights by their sum; if nothing is kept the delta is zero.
         routed_scaling_factor: multiplies every weight of a routed module.
         lora_dropout: dropout on the experts' input, in training.
@@ -169,6 +179,10 @@ class MoeLoraConfig:
     top_k: int | None = field(default=None, metadata=optional(integer(1), "null (dense) or "))
     threshold: float | None = field(default=None, metadata=optional(PROBABILITY))
     adaptive_threshold: bool = field(default=False, metadata=BOOL)
+    top_p: float | None = field(default=None, metadata=added(optional(PROBABILITY)))
+    entropy_threshold: float | None = field(default=None, metadata=added(optional(FRACTION)))
+    entropy_index: float = field(default=1.0, metadata=added(POSITIVE))
+    entropy_eps: float = field(default=0.0, metadata=added(FRACTION))
     norm_topk_prob: bool = field(default=True, metadata=BOOL)
     routed_scaling_factor: float = field(default=1.0, metadata=POSITIVE)
 
@@ -220,6 +234,11 @@ class MoeLoraConfig:
         return Targets(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Targets)})
 
     @property
+    def keeps_more(self) -> bool:
+        """Whether a token may keep more than top_k experts."""
+        return self.top_p is not None or self.entropy_threshold is not None
+
+    @property
     def gates_sum_to_one(self) -> bool:
         """Whether the gates of every token sum to 1, in training too.
 
@@ -258,7 +277,10 @@ class MoeLoraConfig:
             problems += [f"{module}: {problem}" for problem in wrong]
             if not wrong:
                 ranks, alphas = (_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
-                found[module] = ModuleConfig(experts, ranks, alphas, self.use_rslora, own["top_k"], self.shared_lora_A)
+                most = None if self.keeps_more else own["top_k"]
+                found[module] = ModuleConfig(
+                    experts, ranks, alphas, self.use_rslora, own["top_k"], most, self.shared_lora_A
+                )
         return found, problems
 
     def routed(self, modules: Iterable[str]) -> list[str]:
@@ -368,13 +390,15 @@ BOOKKEEPING = tuple(f.name for f in dataclasses.fields(MoeLoraConfig) if not f.c
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """What the config says about one target module. `ranks` and `alphas` have one entry per expert."""
+    """What the config says about one target module. `ranks` and `alphas` have one entry per expert; a token keeps at
+    least `top_k` and at most `most_kept` experts, null being all."""
 
     num_experts: int
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     use_rslora: bool
     top_k: int | None
+    most_kept: int | None
     shared_lora_A: bool
 
     @property

@@ -17,6 +17,14 @@ class GatesRule(Protocol):
     @property
     def adaptive_threshold(self) -> bool: ...
     @property
+    def top_p(self) -> float | None: ...
+    @property
+    def entropy_threshold(self) -> float | None: ...
+    @property
+    def entropy_index(self) -> float: ...
+    @property
+    def entropy_eps(self) -> float: ...
+    @property
     def norm_topk_prob(self) -> bool: ...
     @property
     def routed_scaling_factor(self) -> float: ...
@@ -48,6 +56,11 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
         kept = f"those with p >= {rule.threshold:g}"
     else:
         kept = "all"
+    if rule.top_p is not None:
+        kept += f" and more while their sum is at most {rule.top_p:g}"
+    if rule.entropy_threshold is not None:
+        eps = f" of p + {rule.entropy_eps:g}" if rule.entropy_eps else ""
+        kept += f", all where the entropy H_{rule.entropy_index:g}{eps} is above {rule.entropy_threshold:g}"
     norm = ", divided by their sum" if rule.norm_topk_prob else ", not renormalised"
     factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
     return f"p = {scores[rule.scoring_func]}, keep {kept}{by_module}{norm}{factor}"

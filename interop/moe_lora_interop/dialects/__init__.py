@@ -7,7 +7,7 @@ from moe_lora_interop.dialects.hydralora import HYDRALORA
 from moe_lora_interop.dialects.lora import PLAIN_LORA
 from moe_lora_interop.dialects.loramoe import LORAMOE
 from moe_lora_interop.dialects.maxtext import MAXTEXT
-from moe_lora_interop.dialects.moe_peft import MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
+from moe_lora_interop.dialects.moe_peft import DYNMOLE, MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
 from moe_lora_interop.dialects.moelora import MOELORA
 from moe_lora_interop.dialects.mola import MOLA
 from moe_lora_interop.dialects.native import NATIVE
@@ -24,6 +24,7 @@ FILE_DIALECTS = (
     MOE_PEFT_MOLA,
     MIXLORA,
     MIXLORA_LEGACY,
+    DYNMOLE,
     MOLA,
     MOLE,
     ADAMOLE,

@@ -73,6 +73,19 @@ DEFAULT_SHARE = Codec(_share_ours, _same_theirs)
 """Their null means 1 / num_experts."""
 
 
+def _from_one_null_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:
+    ours[name] = None if value >= 1 else value
+
+
+def _from_one_null_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
+    value = getattr(config, name)
+    return 1.0 if value is None else value
+
+
+FROM_ONE_NULL = Codec(_from_one_null_ours, _from_one_null_theirs)
+"""Theirs is switched off by any value from 1 on."""
+
+
 def renamed(names: Mapping[Any, Any]) -> Codec:
     """Their spelling of some values; others are the same."""
     back = {v: k for k, v in names.items()}
