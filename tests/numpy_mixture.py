@@ -127,6 +127,8 @@ class NumpyMixture:
         if c.router_input == "task":
             z = self._task_row(owner, self.task)
         else:
+            if c.router_input == "expert_activations":
+                x = np.concatenate([np.maximum(a @ x, 0) for a in self.tensors[owner, "lora_A"]])
             z = self.tensors[owner, "router"] @ x + self.tensors.get((owner, "router_bias"), 0)
         tau = c.threshold
         if c.adaptive_threshold:

@@ -20,6 +20,8 @@ LAYOUTS = {
     "dynmole/no_entropy": "dynmole",
     "dynmole/shannon": "dynmole",
     "dynmole/tsallis_q2": "dynmole",
+    "ewora/ewora": "ewora",
+    "ewora/rank_pattern": "ewora",
     "hydralora/adapter": "hydralora",
     "loramoe/adapter": "loramoe",
     "moe_peft/loramoe": "moe-peft-loramoe",
@@ -60,7 +62,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 25
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 27
 
 
 @named

@@ -17,7 +17,6 @@ NAMES = {
     "coin-adapter": "CoIN",
     "coin-trainer": "CoIN",
     "comol-core_router": "CoMoL",
-    "ewora-rank_pattern": "EWoRA",
     "ld_mole-softmax": "LD-MoLE",
     "ld_mole-sparsegen_attention": "LD-MoLE",
     "meteora-top1": "MeteoRA",

@@ -53,6 +53,7 @@ def bases(tmp_path_factory):
 
 FAMILIES = {
     "linear": ("linear", "hidden", "outputs"),
+    "codes": ("linear", "expert_activations", "outputs"),
     "linear_weights": ("linear", "hidden", "weights"),
     "tasks": ("linear", "task", "weights"),
     "ffn": ("ffn", "hidden", "outputs"),
@@ -222,6 +223,8 @@ SIGNED = {"scoring_func": "identity", "norm_topk_prob": False}
 WORDS = {
     "signed": {**SIGNED, "router_bias": True},
     "signed top 2 of whole blocks": {**SIGNED, "scope": "ffn", "top_k": 2, **ATTENTION_ALONE},
+    "codes": {"router_input": "expert_activations", **SIGNED, "router_bias": True},
+    "codes of one A": {"router_input": "expert_activations", "shared_lora_A": True, "top_k": 2, "router_bias": True},
     "top p": {"top_k": 1, "top_p": 0.7, "norm_topk_prob": False},
     "entropy of whole blocks": {"scope": "ffn", "top_k": 1, "top_p": 0.6, "entropy_threshold": 0.7, **ATTENTION_ALONE},
     "signed top 1 of the model": {**SIGNED, "scope": "model", "top_k": 1, "router_temperature": 0.5},

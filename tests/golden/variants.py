@@ -43,6 +43,7 @@ NATIVE: dict[str, dict[str, Any]] = {
     "abs_softmax": {"scoring_func": "abs_softmax", "top_k": 2},
     "identity": {"scoring_func": "identity", "norm_topk_prob": False, "top_k": 2, "router_bias": True},
     "top_p": {"num_experts": 4, "top_k": 1, "top_p": 0.7, "entropy_threshold": 0.9, "entropy_index": 1.1},
+    "expert_activations": {"router_input": "expert_activations", "router_bias": True, "rank_pattern": {"down_proj": 3}},
     "threshold": {"threshold": 0.35},
     "adaptive": {"threshold": 0.5, "adaptive_threshold": True, "router_bias": True},
     "shared_a": {"shared_lora_A": True, "use_rslora": True},

@@ -21,6 +21,8 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
                      FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e being W0 + s_e B_e A_e (MixLoRA)
     model, hidden    one MLP router for the model; x is the last hidden state (after the final norm) of a first pass
                      without the adapter (X-LoRA); layerwise: E logits for each target module, in module_order
+    linear, expert_activations
+                     as linear, hidden, but the router reads relu(concat_e A_e x), [rank] of every expert (EWoRA)
     task             z = R(T[task]), T a table [task, dim]; with task_embedding_dim None the table's rows are the logits
     mix = weights    A = [sum_e g_qe A_e,q for q in splits], B likewise, y = W0 x + s B A x (Poly, MHR): the input of A
                      and the output of B are cut into n_splits parts, each with its own gates
@@ -99,7 +101,8 @@ class MoeLoraConfig:
         init_lora_weights: True: B = 0, so the adapter starts as the identity. False: B random (for tests).
         modules_to_save: modules trained and saved whole beside the adapter (PyTorch only).
         scope: where the router stands: "linear", "ffn" (arXiv:2404.15159) or "model" (arXiv:2402.07148).
-        router_input: "hidden" or "task" (task ids are then given at call time).
+        router_input: "hidden", "task" (task ids are then given at call time) or "expert_activations" (what the experts
+            make of x before B, rectified: EWoRA, github.com/huggingface/peft/pull/3401).
         router_depth: linear layers of the router, with ReLU between; more than one only in model scope. 0: the task
             table itself holds the logits.
         router_hidden_size: width between the router's layers.
@@ -164,7 +167,7 @@ class MoeLoraConfig:
     modules_to_save: list[str] | None = field(default=None, metadata=optional(MODULE_NAMES))
 
     scope: str = field(default="linear", metadata=one_of("linear", "ffn", "model"))
-    router_input: str = field(default="hidden", metadata=one_of("hidden", "task"))
+    router_input: str = field(default="hidden", metadata=one_of("hidden", "task", "expert_activations"))
     router_depth: int = field(default=1, metadata=integer(0))
     router_hidden_size: int | None = field(default=None, metadata=optional(integer(1)))
     num_tasks: int | None = field(default=None, metadata=optional(integer(1)))
@@ -271,7 +274,8 @@ class MoeLoraConfig:
             own = {n: first_match(getattr(self, pattern), module, getattr(self, n)) for pattern, n in PATTERNS.items()}
             experts = own["num_experts"]
             own["top_k"] = own["top_k"] if experts > 1 else None
-            wrong = clashes({**own, "shared_lora_A": self.shared_lora_A, "mix": self.mix, "scope": self.scope})
+            same = ("shared_lora_A", "mix", "scope", "router_input")
+            wrong = clashes({**own, **{name: getattr(self, name) for name in same}})
             if self.scope == "model" and experts not in (1, self.num_experts):
                 wrong.append(f"num_experts: found {experts}, expected {self.num_experts} (one router) or 1 (none)")
             problems += [f"{module}: {problem}" for problem in wrong]

@@ -125,6 +125,11 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
         (router_dropout > 0 and router_depth < 1)
         and f"found {router_dropout} with router_depth {router_depth}, expected 0: there are no layers"
     ),
+    lambda router_input, scope, mix, r: (
+        (router_input == "expert_activations" and (scope != "linear" or mix != "outputs" or _differ(r)))
+        and f"found expert_activations with scope {scope}, mix {mix}, r {r}; expected scope linear, mix outputs, "
+        "one rank"
+    ),
     # tasks
     lambda num_tasks, router_input: (
         (num_tasks is None) == (router_input == "task")

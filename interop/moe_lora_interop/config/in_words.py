@@ -34,7 +34,8 @@ def routing_in_words(config: MoeLoraConfig) -> str:
     """The routing rule of a config in one line, from the router's input to the gates."""
     if config.num_experts == 1 and not config.num_experts_pattern:
         return "none, one expert (plain LoRA)"
-    logits = "R x + b" if config.router_bias else "R x"
+    logits = "R relu(A x)" if config.router_input == "expert_activations" else "R x"
+    logits = f"{logits} + b" if config.router_bias else logits
     if config.router_temperature != 1:
         logits = f"({logits}) / {config.router_temperature:g}"
     by_module = f" (top_k per module: {config.top_k_pattern})" if config.top_k_pattern else ""

@@ -2,6 +2,7 @@
 
 from moe_lora_interop.dialects.adamole import ADAMOLE, GOAT, MOLE
 from moe_lora_interop.dialects.arrow import ARROW
+from moe_lora_interop.dialects.ewora import EWORA
 from moe_lora_interop.dialects.for_ai import FOR_AI_MOLORA
 from moe_lora_interop.dialects.hydralora import HYDRALORA
 from moe_lora_interop.dialects.lora import PLAIN_LORA
@@ -35,6 +36,7 @@ FILE_DIALECTS = (
     MOELORA,
     XLORA,
     PEFT_ROUTER,
+    EWORA,
 )
 
 __all__ = ["FILE_DIALECTS", "MAXTEXT", "NATIVE"]

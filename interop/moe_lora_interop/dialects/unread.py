@@ -26,7 +26,6 @@ class Unread(NamedTuple):
 UNREAD = (
     Unread("CoIN", "zackschen/CoIN", peft_type="MOE_LORA_CoIN"),
     Unread("CoMoL", "DCDmllm/CoMoL", peft_type="MoCoreLORA"),
-    Unread("EWoRA", "huggingface/peft#3401", peft_type="EWORA"),
     Unread("LD-MoLE", "eshentw/LD-MoLE", field="sparsegen_cfg"),
     Unread("MeteoRA", "NJUDeepEngine/meteora", key=".moe_gate.weight"),
     Unread("MTL-LoRA", "pUmpKin-Co/MTL-LoRA", file="checkpoint/final_checkpoint.pt"),
