@@ -23,6 +23,7 @@ LAYOUTS = {
     "ewora/ewora": "ewora",
     "ewora/rank_pattern": "ewora",
     "hydralora/adapter": "hydralora",
+    "ld_mole/softmax": "loramoe",
     "loramoe/adapter": "loramoe",
     "moe_peft/loramoe": "moe-peft-loramoe",
     "moe_peft/mixlora": "mixlora",
@@ -62,7 +63,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 27
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 28
 
 
 @named
