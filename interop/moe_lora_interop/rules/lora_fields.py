@@ -96,7 +96,7 @@ def activation_problem(value: Any) -> str:
 
 
 def sparsegen_problem(value: Any) -> str:
-    """LD-MoLE says only here whether its gates are sparsegen's and no softmax; its field `sparsegen` is always false."""
+    """LD-MoLE says only here whether its gates are sparsegen's; its field `sparsegen` is always false."""
     if isinstance(value, Mapping) and value.get("enabled") is False:
         return ""
     return "expected enabled false: with sparsegen the gates are no softmax, and the layout is another one"
