@@ -33,7 +33,8 @@ def make_tensors(config, shapes=SHAPES, dtype="float32", router_dtype="float32",
             b[expert, :, own:] = 0
         tensors[module, "lora_A"], tensors[module, "lora_B"] = a, b
         if experts > 1:
-            tensors[module, "router"] = draw(rng, (experts, n_in), router_dtype)
+            reads = len(a) * rank if config.router_input == "expert_activations" else n_in
+            tensors[module, "router"] = draw(rng, (experts, reads), router_dtype)
             if config.router_bias:
                 tensors[module, "router_bias"] = draw(rng, (experts,), router_dtype)
             if config.adaptive_threshold:

@@ -127,6 +127,8 @@ class NumpyMixture:
         if c.router_input == "task":
             z = self._task_row(owner, self.task)
         else:
+            if c.router_input == "expert_activations":
+                x = np.concatenate([np.maximum(a @ x, 0) for a in self.tensors[owner, "lora_A"]])
             z = self.tensors[owner, "router"] @ x + self.tensors.get((owner, "router_bias"), 0)
         tau = c.threshold
         if c.adaptive_threshold:
@@ -137,10 +139,15 @@ class NumpyMixture:
 
     def _gates(self, z: np.ndarray, top_k: int | None, tau: float | None) -> np.ndarray:
         """One token: z [expert] -> g [expert], times routed_scaling_factor."""
-        p, kept, g = decide(z, self.config, top_k, tau)
-        if top_k is not None and not kept.all():
-            size = np.abs(z) if self.config.scoring_func == "abs_softmax" else z
-            self.margin = min(self.margin, size[kept].min() - size[~kept].max())
+        c = self.config
+        p, _, g = decide(z, c, top_k, tau)
+        if top_k is not None and top_k < len(z):
+            ordered = np.sort(np.abs(z) if c.scoring_func == "abs_softmax" else z)[::-1]
+            self.margin = min(self.margin, ordered[top_k - 1] - ordered[top_k])
+            if c.top_p is not None:
+                self.margin = min(self.margin, np.abs(np.cumsum(np.sort(p)[::-1]) - c.top_p).min())
+            if c.entropy_threshold is not None:
+                self.margin = min(self.margin, abs(entropy(p, c) - c.entropy_threshold))
         elif tau is not None:
             self.margin = min(self.margin, np.abs(p - tau).min())
         return self.config.routed_scaling_factor * g
@@ -202,14 +209,29 @@ def decide(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token: z [expert] -> the scores p, which experts are kept, and g before routed_scaling_factor."""
     z = np.abs(z) if c.scoring_func == "abs_softmax" else z
-    p = sigmoid(z) if c.scoring_func == "sigmoid" else np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    softmax = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    p = {"sigmoid": sigmoid(z), "identity": z}.get(c.scoring_func, softmax)
     kept = np.ones(len(p), bool)
     if top_k is not None:
-        kept[np.argsort(-z, kind="stable")[top_k:]] = False
+        order = np.argsort(-z, kind="stable")
+        kept[order[top_k:]] = False
+        for place, e in enumerate(order):
+            if c.top_p is not None and sum(p[f] for f in order[: place + 1]) <= c.top_p:
+                kept[e] = True
+        if c.entropy_threshold is not None and entropy(p, c) > c.entropy_threshold:
+            kept[:] = True
     elif tau is not None:
         kept = p >= tau
     g = np.where(kept, p - tau if c.adaptive_threshold else p, 0)
     return p, kept, g / g.sum() if c.norm_topk_prob and g.sum() > 0 else g
+
+
+def entropy(p: np.ndarray, c: MoeLoraConfig) -> float:
+    """H of the probabilities p, divided by the H of equal ones."""
+    shifted, q = p + c.entropy_eps, c.entropy_index
+    if q == 1:
+        return -sum(v * np.log(v) for v in shifted if v > 0) / np.log(len(p))
+    return (1 - sum(v**q for v in shifted)) / (1 - len(p) * (1 / len(p)) ** q)
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent / "peers"
 BASES = {"hydralora": "mha", "loramoe": "mha", "mola": "mha", "moe_peft": "moe_peft"}
+BASES |= dict.fromkeys(("dynmole", "ewora", "ld_mole"), "hundred_words")
 BLOG_OPTIONS = {"router_input": "hidden", "top_k": None}  # what the blog's layout does not record
 
 

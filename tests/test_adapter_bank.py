@@ -30,7 +30,15 @@ SIZES = dict(num_experts=3, r=2, lora_alpha=1, top_k=2, target_modules="all-line
 CONFIGS = {  # c differs in everything that a config can
     "a": SIZES,
     "b": SIZES,
-    "c": dict(num_experts=2, r=3, lora_alpha=1, scoring_func="sigmoid", router_bias=True, target_modules=["up_proj"]),
+    "c": dict(
+        num_experts=2,
+        r=3,
+        lora_alpha=1,
+        router_input="expert_activations",
+        scoring_func="sigmoid",
+        router_bias=True,
+        target_modules=["up_proj"],
+    ),
 }
 
 

@@ -112,6 +112,13 @@ def test_inspect_refuses_what_it_does_not_know(tmp_path):
         (dict(threshold=0.25, adaptive_threshold=True), ["tau = 0.25 * sigmoid"]),
         (dict(scoring_func="abs_softmax", router_temperature=2.0), ["softmax(|z|)", "/ 2"]),
         (dict(scoring_func="sigmoid", router_bias=True, routed_scaling_factor=3), ["sigmoid(z)", "R x + b", "times 3"]),
+        (dict(scoring_func="identity", norm_topk_prob=False), ["p = z, keep all, not renormalised"]),
+        (dict(router_input="expert_activations", router_bias=True), ["z = R relu(A x) + b, p"]),
+        (dict(top_k=1, top_p=0.75), ["keep the 1 largest and more while their sum is at most 0.75"]),
+        (
+            dict(top_k=2, entropy_threshold=0.9, entropy_index=1.1, entropy_eps=1e-5),
+            ["the 2 largest, all where the entropy H_1.1 of p + 1e-05 is above 0.9"],
+        ),
         (dict(num_experts=1), ["plain LoRA"]),
     ],
     ids=str,

@@ -59,6 +59,10 @@ WRONG = {
     "top_k": ((0, -1, 1.0, True, "2", [1]), "integer >= 1"),
     "threshold": ((0, -0.1, 1.1, NAN, "0.5", True), "(0, 1]"),
     "adaptive_threshold": (NOT_BOOL, "true or false"),
+    "top_p": ((0, -0.1, 1.1, NAN, "0.5", True), "(0, 1]"),
+    "entropy_threshold": ((-0.1, 1, NAN, "0.5", True), "[0, 1)"),
+    "entropy_index": (NOT_POSITIVE, "finite number > 0"),
+    "entropy_eps": (NOT_FRACTION, "[0, 1)"),
     "norm_topk_prob": (NOT_BOOL, "true or false"),
     "routed_scaling_factor": (NOT_POSITIVE, "finite number > 0"),
     "lora_dropout": (NOT_FRACTION, "[0, 1)"),
@@ -127,6 +131,21 @@ CLASHES = [
     (dict(norm_topk_prob=False), "norm_topk_prob", "dense softmax"),
     (dict(norm_topk_prob=False, scoring_func="abs_softmax"), "norm_topk_prob", "dense softmax"),
     (dict(norm_topk_prob=False, top_k_pattern={"q": None}), "norm_topk_prob", "dense softmax"),
+    (dict(router_input="expert_activations", scope="ffn"), "router_input", "scope linear"),
+    (dict(router_input="expert_activations", scope="model"), "router_input", "scope linear"),
+    (dict(router_input="expert_activations", mix="weights"), "router_input", "mix outputs"),
+    (dict(router_input="expert_activations", r=[1, 2], num_experts=2), "router_input", "one rank"),
+    (dict(router_input="expert_activations", num_tasks=2), "num_tasks", "task"),
+    (dict(router_input="expert_activations", threshold=0.2, adaptive_threshold=True), "adaptive_threshold", "hidden"),
+    (dict(top_p=0.5), "top_p", "without top_k"),
+    (dict(top_p=0.5, top_k=1, top_k_pattern={"q": None}), "top_p", "every module"),
+    (dict(top_p=0.5, top_k=1, scoring_func="sigmoid"), "top_p", "softmax"),
+    (dict(entropy_threshold=0.5), "entropy_threshold", "without top_k"),
+    (dict(entropy_threshold=0.5, top_k=1, scoring_func="identity"), "entropy_threshold", "softmax"),
+    (dict(top_p=0.5, threshold=0.2), "top_p", "without top_k"),
+    (dict(scoring_func="identity"), "norm_topk_prob", "signed scores"),
+    (dict(scoring_func="identity", norm_topk_prob=False, threshold=0.3), "threshold", "identity"),
+    (dict(scoring_func="identity", norm_topk_prob=False, router_aux_loss_coef=0.1), "router_aux_loss_coef", "identity"),
     (dict(target_modules="all-linear", layers_to_transform=1), "layers_to_transform", "string"),
     (dict(target_modules=".*q", layers_to_transform=[1], layers_pattern="layers"), "layers_pattern", "string"),
     (dict(target_modules=["q"], layers_pattern="layers"), "layers_pattern", "layers_to_transform"),
@@ -168,6 +187,11 @@ def test_fields_that_do_not_go_together_are_refused(fields, blamed, hint):
         dict(top_k=4, num_experts=4),
         dict(norm_topk_prob=False, top_k=2),
         dict(norm_topk_prob=False, scoring_func="sigmoid"),
+        dict(router_input="expert_activations", shared_lora_A=True, top_k=2, router_jitter_noise=0.1),
+        dict(top_k=1, top_p=1.0),
+        dict(top_k=1, entropy_threshold=0, entropy_index=0.5, scoring_func="abs_softmax", norm_topk_prob=False),
+        dict(norm_topk_prob=False, scoring_func="identity"),
+        dict(norm_topk_prob=False, scoring_func="identity", top_k=2, router_z_loss_coef=0.1),
         dict(norm_topk_prob=False, threshold=0.3),
         dict(threshold=1, adaptive_threshold=True),
         dict(threshold=0.3, top_k_pattern={"q": None}),
@@ -195,6 +219,14 @@ def test_defaults_are_the_documented_ones():
         "outputs",
         "softmax",
     )
+
+
+def test_added_fields_are_written_only_where_they_are_not_the_default():
+    added = {f.name for f in dataclasses.fields(MoeLoraConfig) if f.metadata.get("added")}
+    assert added and not added & MoeLoraConfig().to_dict().keys()
+    config = MoeLoraConfig(top_k=1, top_p=0.5)
+    assert added & config.to_dict().keys() == {"top_p"}
+    assert MoeLoraConfig.from_dict(config.to_dict()) == config
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
@@ -226,7 +258,7 @@ def configs(draw):
         init_lora_weights=draw(st.booleans()),
         modules_to_save=draw(st.none() | _names),
         router_bias=draw(st.booleans()),
-        scoring_func=draw(st.sampled_from(["softmax", "abs_softmax", "sigmoid"])),
+        scoring_func=draw(st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity"])),
         router_temperature=draw(_alphas),
         norm_topk_prob=select != "top_k" or draw(st.booleans()),
         routed_scaling_factor=draw(_alphas),
@@ -245,6 +277,8 @@ def configs(draw):
         layers = st.integers(0, 99)
         fields["layers_to_transform"] = draw(layers | st.lists(layers, min_size=1, max_size=3))
         fields["layers_pattern"] = draw(st.none() | st.sampled_from(["layers", "h"]) | st.just(["h", "layers"]))
+    if fields["scoring_func"] == "identity":
+        fields |= dict(norm_topk_prob=False, threshold=None, adaptive_threshold=False, router_aux_loss_coef=0.0)
     return MoeLoraConfig(**fields)
 
 
@@ -486,11 +520,13 @@ def test_every_problem_of_every_module_is_named_and_the_others_are_still_there()
         dict(),
         dict(top_k=2),
         dict(top_k=2, norm_topk_prob=False),
+        dict(top_k=2, top_p=0.9),
         dict(threshold=0.6),
         dict(threshold=0.6, adaptive_threshold=True),
         dict(routed_scaling_factor=2.0),
         dict(scoring_func="sigmoid"),
         dict(scoring_func="sigmoid", norm_topk_prob=False),
+        dict(scoring_func="identity", norm_topk_prob=False),
     ],
     ids=label,
 )

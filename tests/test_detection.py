@@ -166,6 +166,13 @@ def arrow():
     yield from ((f"main/{name}", shape) for name, shape in plain_lora())
 
 
+def ewora():
+    for layer, path, i, o in linears():
+        m = f"{PEFT}.{layer}.{path}"
+        yield from ((f"{m}.ewora_As", (E, i, R)), (f"{m}.ewora_Bs", (E, R, o)))
+        yield from ((f"{m}.ewora_weighting.weight", (E, E * R)), (f"{m}.ewora_weighting.bias", (E,)))
+
+
 def peft_router():
     yield from (("router.weight", (E, HIDDEN)), ("router.bias", (E,)))
     for layer, path, i, o in linears():
@@ -191,6 +198,11 @@ MANIFESTS = {
         lambda: moe_peft("mola", attention="experts"),
         {"peft_type": "MOLA", "routing_strategy": "mola", "bias": "none"},
     ),
+    "dynmole": (
+        "dynmole",
+        lambda: moe_peft("dynmole", attention="experts"),
+        {"peft_type": "DYNMOLE", "routing_strategy": "dynmole", "bias": "none"},
+    ),
     "mixlora": ("mixlora", lambda: moe_peft("mixlora", "ffn"), MIXLORA),
     "mixlora legacy": ("mixlora-legacy", mixlora_legacy, {**MIXLORA, "routing_strategy": "mixtral"}),
     "mola": ("mola", mola, LORA),
@@ -204,6 +216,7 @@ MANIFESTS = {
     "moelora": ("moelora", moelora, {"peft_type": "MMOELORAS", "bias": "none"}),
     "lora": ("lora", plain_lora, LORA),
     "peft-router": ("peft-router", peft_router, LORA),
+    "ewora": ("ewora", ewora, {"peft_type": "EWORA", "bias": "none"}),
     "xlora": ("xlora", xlora, {"peft_type": "XLORA", "xlora_dropout_p": 0.2, "scaling_pass_value": 0.0}),
     "arrow": ("arrow", arrow, {**LORA, "arrow_config": {"use_gks": False}}),
 }

@@ -53,13 +53,14 @@ def test_the_config_table_is_the_config():
         assert json.loads(default.strip("`")) == value, name
         assert allowed == field.metadata["words"], name
         assert len(meaning) > 8, name
+        assert meaning.startswith("added: ") == bool(field.metadata.get("added")), name
 
 
 def test_names_in_the_text_exist():
     known = {f.name for f in dataclasses.fields(moe_lora_interop.MoeLoraConfig)}
     text = DOC[DOC.index("Patterns are") : DOC.index("## 6")]
     words = set(re.findall(r"\b[a-z]+(?:_[a-zA-Z]+)+\b", text))
-    assert words - known <= {"lora_alpha_e", "g_e", "s_e", "g_qe", "r_e", "sum_e"}, words - known
+    assert words - known <= {"lora_alpha_e", "g_e", "s_e", "g_qe", "r_e", "sum_e", "expert_activations"}, words - known
     section = DOC[DOC.index("without the bookkeeping fields (") :].split("which people")[0]
     assert set(re.findall(r"`(\w+)`", section)) == set(BOOKKEEPING)
     assert f"version {FORMAT_VERSION}" in DOC and all(d in DOC for d in STORED)
@@ -102,7 +103,8 @@ def documented_tensors(config, modules, size_in, size_out):
     for owner in owners:
         key, logits = f"base_model.model.{owner}.moe_lora", c.for_module(owner).num_experts * c.n_splits
         if c.router_depth:
-            expected[f"{key}_router.weight"] = (logits, size_in)
+            codes = (1 if c.shared_lora_A else c.num_experts) * max(c.for_module(owner).ranks)
+            expected[f"{key}_router.weight"] = (logits, codes if c.router_input == "expert_activations" else size_in)
             if c.router_bias:
                 expected[f"{key}_router.bias"] = (logits,)
             if c.adaptive_threshold:

@@ -15,10 +15,15 @@ from tests.adapters import make_adapter
 from tests.numpy_mixture import decide
 from tests.peers_data import Peer
 
+MORE = (
+    {"top_k": 1, "top_p": 0.6},
+    {"top_k": 2, "top_p": 0.9, "entropy_threshold": 0.7, "entropy_index": 2.0, "entropy_eps": 1e-3},
+    {"top_k": 1, "entropy_threshold": 0.5},
+)
 RULES = st.fixed_dictionaries(
     {
-        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid"]),
-        "select": st.sampled_from([{}, {"top_k": 1}, {"top_k": 3}, {"threshold": 0.3}, {"threshold": 0.9}]),
+        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity"]),
+        "select": st.sampled_from([{}, {"top_k": 1}, {"top_k": 3}, {"threshold": 0.3}, {"threshold": 0.9}, *MORE]),
         "adaptive_threshold": st.booleans(),
         "norm_topk_prob": st.booleans(),
         "routed_scaling_factor": st.sampled_from([1.0, 0.3, 2.5]),
@@ -31,11 +36,17 @@ RULES = st.fixed_dictionaries(
 def test_every_decision_is_the_formulas(rule, seed):
     select = rule.pop("select")
     rule["adaptive_threshold"] &= "threshold" in select
-    if not select and rule["scoring_func"] != "sigmoid":
+    if rule["scoring_func"] == "identity":
+        assume("threshold" not in select)
+        rule["norm_topk_prob"] = False
+    elif not select and rule["scoring_func"] != "sigmoid":
         rule["norm_topk_prob"] = True
+    assume(select not in MORE or "softmax" in rule["scoring_func"])
     config = moe_lora_interop.MoeLoraConfig(num_experts=4, **rule, **select)
     rng = np.random.default_rng(seed)
     z = rng.integers(-3, 4, (7, 4)).astype(np.float32)  # with ties
+    if select in MORE:  # a tie may straddle the sum, where the last bit decides
+        z += rng.normal(size=z.shape).astype(np.float32)
     tau = rng.uniform(0, 0.6, (7, 1)).astype(np.float32) if config.adaptive_threshold else config.threshold
     z64, taus = z.astype(np.float64), np.broadcast_to(np.nan if tau is None else tau, (7, 1))[:, 0]
     rows = [decide(row, config, config.top_k, None if tau is None else t) for row, t in zip(z64, taus, strict=True)]

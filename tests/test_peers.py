@@ -8,6 +8,8 @@ from flax import nnx
 
 import moe_lora_interop
 import moe_lora_jax as mlj
+from moe_lora_interop.config.stuck_routers import stuck_routers
+from moe_lora_interop.dialects.registry import file_dialects
 from tests.peers_data import ALL, READABLE, REFUSED, WITH_LOGITS, Peer
 
 LAYOUTS = {
@@ -15,7 +17,13 @@ LAYOUTS = {
     "adamole/mole_threshold": "mole",
     "adamole/mole_topk": "mole",
     "arrow/arrow": "arrow",
+    "dynmole/no_entropy": "dynmole",
+    "dynmole/shannon": "dynmole",
+    "dynmole/tsallis_q2": "dynmole",
+    "ewora/ewora": "ewora",
+    "ewora/rank_pattern": "ewora",
     "hydralora/adapter": "hydralora",
+    "ld_mole/softmax": "loramoe",
     "loramoe/adapter": "loramoe",
     "moe_peft/loramoe": "moe-peft-loramoe",
     "moe_peft/mixlora": "mixlora",
@@ -28,6 +36,11 @@ LAYOUTS = {
     "xlora/depth1_layerwise": "xlora",
     "xlora/depth2": "xlora",
     "xlora/depth2_topk": "xlora",
+}
+OPTIONS = {  # what a layout does not record, so that no reader refuses for want of them
+    "mola": {"top_k": 1},
+    "peft-router": {"router_input": "hidden", "top_k": None},
+    "for-ai-molora": {"r": 4, "num_experts": 5},
 }
 named = pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 
@@ -50,12 +63,20 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 22
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 28
 
 
 @named
 def test_the_layout_is_detected(peer):
     assert moe_lora_interop.detect(peer.directory) == LAYOUTS[peer.name]
+
+
+@named
+def test_no_other_reader_takes_it(peer):
+    for dialect in file_dialects():
+        if dialect.name != LAYOUTS[peer.name]:
+            with pytest.raises((moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError)):
+                moe_lora_interop.read(peer.directory, dialect.name, **OPTIONS.get(dialect.name, {}))
 
 
 @pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
@@ -92,8 +113,9 @@ def test_through_the_nnx_tree_bit_for_bit(peer, tmp_path):
 
 
 @pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
-def test_five_training_steps_lower_the_loss(peer):
+def test_five_training_steps_lower_the_loss_and_move_every_tensor(peer):
     model = load(peer)
+    before = mlj.to_adapter(model).tensors
     model.train()
     ids = jnp.asarray(peer.reference["input_ids"])
     extra = arguments(peer)
@@ -111,6 +133,11 @@ def test_five_training_steps_lower_the_loss(peer):
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=mlj.MoeLoraParam)
     losses = [float(step(model, optimizer)) for _ in range(6)]
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
+    stuck = {
+        (module, "router") for module in stuck_routers(model.moe_lora_config, model.moe_lora_config.target_modules)
+    }
+    after = mlj.to_adapter(model).tensors
+    assert stuck == {slot for slot, tensor in before.items() if np.array_equal(after[slot], tensor)}
 
 
 @pytest.mark.parametrize("peer", REFUSED, ids=lambda p: p.name)

@@ -20,6 +20,7 @@ STUCK = {"top_k": 1, "num_experts": 4, "r": 2, "target_modules": TARGETS}
         ({"top_k": 1, "norm_topk_prob": False}, []),
         ({"top_k": 2}, []),
         ({}, []),
+        ({"top_k": 1, "top_p": 0.9}, []),
         ({"num_experts": 1}, []),
         ({"top_k": 2, "top_k_pattern": {"b": 1}}, ["b"]),
         ({"top_k": 1, "num_experts_pattern": {"a": 1}}, ["b"]),

@@ -1,14 +1,17 @@
 """Adapters of programs whose layout is not read: refused by name, whichever reader is asked."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moe_lora_interop
-from moe_lora_interop.dialects.registry import dialect_named, file_dialects
+from moe_lora_interop.dialects.registry import file_dialects
 from moe_lora_interop.disk import files, torch_files
+from tests.peers_data import Peer
+from tests.test_peers import OPTIONS
 
 FOLDER = Path(__file__).parent / "peers_refused"
 REFUSED = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
@@ -16,18 +19,10 @@ NAMES = {
     "coin-adapter": "CoIN",
     "coin-trainer": "CoIN",
     "comol-core_router": "CoMoL",
-    "dynmole-no_entropy": "DynMoLE",
-    "ewora-rank_pattern": "EWoRA",
-    "ld_mole-softmax": "LD-MoLE",
     "ld_mole-sparsegen_attention": "LD-MoLE",
     "meteora-top1": "MeteoRA",
     "mtl_lora-mtl_lora": "MTL-LoRA",
     "xlora_original-depth1": "X-LoRA's own program",
-}
-OPTIONS = {
-    "mola": {"top_k": 1},
-    "peft-router": {"router_input": "hidden", "top_k": None},
-    "for-ai-molora": {"r": 4, "num_experts": 5},
 }
 ERRORS = (moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError)
 every = pytest.mark.parametrize("case", NAMES)
@@ -93,9 +88,22 @@ def test_the_full_state_under_the_name_of_an_adapter(tmp_path):
             moe_lora_interop.read(made, dialect)
 
 
-def test_the_layout_that_ld_mole_borrows_says_why():
-    shapes = {key: tuple(shape) for key, shape in REFUSED["ld_mole-softmax"]["tensors"]["adapter_model.bin"].items()}
-    config = REFUSED["ld_mole-softmax"]["configs"]["adapter_config.json"]
-    (reason,) = dialect_named("loramoe").misfits(shapes, config)
-    assert reason.startswith("sparsegen_cfg: found {") and reason.endswith("expected no such field")
-    assert not dialect_named("loramoe").misfits(shapes, {n: v for n, v in config.items() if n != "sparsegen_cfg"})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sparsegen_cfg", {"enabled": True}),
+        ("sparsegen_cfg", {"hidden_sizes": 12}),
+        ("sparsegen_cfg", True),
+        ("sparsegen", True),
+        ("modules_to_save", ["score", "embed_tokens"]),
+    ],
+)
+def test_the_layout_that_ld_mole_borrows_is_right_only_without_sparsegen(field, value, tmp_path):
+    """Nothing rests on the tensors alone, either."""
+    shutil.copytree(Peer("ld_mole/softmax").directory, tmp_path / "made")
+    path = tmp_path / "made" / files.CONFIG_NAME
+    assert moe_lora_interop.read(path.parent).config.scoring_func == "softmax"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    for dialect in (None, "loramoe"):
+        with pytest.raises(ERRORS, match=f"{field}: found "):
+            moe_lora_interop.read(path.parent, dialect)

@@ -18,6 +18,13 @@ SIZES = {"in": 8, "out": 12, "dim": 4, "unit": 6}
 _SIZES: dict[str, Any] = {"r": 2, "num_experts": 4, "lora_alpha": 4}
 _PLAIN_ATTENTION = {"num_experts_pattern": {r"self_attn\..*": 1}}
 _XLORA = {"router_depth": 2, "router_hidden_size": 6, "layerwise": True, "top_k": 2, "norm_topk_prob": False}
+_EWORA = {
+    "router_input": "expert_activations",
+    "router_bias": True,
+    "scoring_func": "identity",
+    "norm_topk_prob": False,
+}
+_UNLIKE = {"v_proj": 3}
 # {layout: (preset or "", fields, modules of a layer)}
 SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "native": (
@@ -29,6 +36,12 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "hydralora": ("hydralora", {}, _ATTENTION),
     "moe-peft-loramoe": ("", _PLAIN_ATTENTION, (*_ATTENTION, *_FFN)),
     "moe-peft-mola": ("mola", {}, (*_ATTENTION, *_FFN)),
+    "dynmole": (
+        "",
+        {"top_k": 1, "top_p": 0.7, "entropy_threshold": 0.9, "entropy_index": 1.1, "norm_topk_prob": False},
+        _ATTENTION,
+    ),
+    "ewora": ("", {"lora_alpha": 2, **_EWORA, "rank_pattern": _UNLIKE, "alpha_pattern": _UNLIKE}, _ATTENTION),
     "mixlora": ("mixlora", {"router_aux_loss": "switch", "router_aux_loss_coef": 0.0}, (*_ATTENTION, *_FFN)),
     "mixlora-legacy": ("mixlora", {"router_aux_loss": "switch", "router_aux_loss_coef": 0.0}, (*_ATTENTION, *_FFN)),
     "mola": (

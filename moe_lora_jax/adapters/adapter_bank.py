@@ -147,11 +147,12 @@ class AdapterBank:
         adapter = source if isinstance(source, Adapter) else read_with_base(source)
         adapter, dtypes = for_training(adapter, self._param_dtype)
         config = adapter.config
-        fields = {"scope": "linear", "router_input": "hidden", "modules_to_save": None}
+        fields = {"scope": ("linear",), "router_input": ("hidden", "expert_activations"), "modules_to_save": (None,)}
         problems = [
-            f"{field}: found {getattr(config, field)!r}, expected {expected!r} where rows have adapters of their own"
+            f"{field}: found {getattr(config, field)!r}, expected {' or '.join(map(repr, expected))} where rows have "
+            "adapters of their own"
             for field, expected in fields.items()
-            if getattr(config, field) != expected
+            if getattr(config, field) not in expected
         ]
         if problems:
             raise CheckpointError(f"the adapter {name!r} cannot be one of several", problems)
@@ -229,7 +230,11 @@ def _variable(owner: Any, path: tuple[Any, ...]) -> Any:
 
 def _differences(adapter: Adapter, config: Any, dtype: np.dtype) -> list[str]:
     ours, theirs = config.semantic_dict(), adapter.config.semantic_dict()
-    problems = [f"{n}: found {theirs[n]!r}, expected {ours[n]!r}" for n in ours if theirs[n] != ours[n]]
+    problems = [
+        f"{n}: found {getattr(adapter.config, n)!r}, expected {getattr(config, n)!r}"
+        for n in ours | theirs
+        if ours.get(n) != theirs.get(n)
+    ]
     if adapter.dtype != dtype:
         problems.append(f"dtype: found {adapter.dtype}, expected {dtype}")
     return problems

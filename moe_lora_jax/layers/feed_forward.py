@@ -67,7 +67,7 @@ class SlotLinear(Described, nnx.Module):
         shared: Shared,
         *,
         config: MoeLoraConfig,
-        top_k: int | None,
+        most_kept: int | None,
         is_last: bool,
         is_target: bool = True,
         param_dtype: jnp.dtype = jnp.float32,
@@ -81,14 +81,14 @@ class SlotLinear(Described, nnx.Module):
         self.lora_b = nnx.data(MoeLoraParam(b) if is_target else None)
         self.shared = shared
         self.ranks, self.scalings = sizes.ranks, sizes.scalings
-        self.top_k = top_k
+        self.most_kept = most_kept
         self.is_last = is_last
         self.dropout = nnx.Dropout(config.lora_dropout, deterministic=True)
         self.rngs = rngs["dropout"].fork() if config.lora_dropout > 0 and is_target else nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """See the class."""
-        slots = Slots.of(self.shared.get_value()[:, 0, 0], self.top_k)
+        slots = Slots.of(self.shared.get_value()[:, 0, 0], self.most_kept)
         flat = slots.flat(x)
         base = self.base_layer(slots.mix(flat) if self.is_last else x)
         if self.lora_a is None or self.lora_b is None:

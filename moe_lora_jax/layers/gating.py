@@ -1,5 +1,6 @@
 """From router logits to gates: one composition for every routing scheme, the same in JAX and PyTorch."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+
+_SCORES = {"softmax": jax.nn.softmax, "abs_softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "identity": lambda z: z}
 
 
 class RouterOutput(NamedTuple):
@@ -31,6 +34,10 @@ class Gating:
     router_temperature: float
     threshold: float | None
     adaptive_threshold: bool
+    top_p: float | None
+    entropy_threshold: float | None
+    entropy_index: float
+    entropy_eps: float
     norm_topk_prob: bool
     routed_scaling_factor: float
 
@@ -43,8 +50,9 @@ class Gating:
 def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = None) -> RouterOutput:
     """Computes the gates.
 
-        p     = softmax(z) | softmax(|z|) | sigmoid(z)
+        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
+                with top_p and entropy_threshold more, as `moe_lora_interop.config` says it
         gates = softmax of log p over the kept                 norm_topk_prob, no adaptive threshold
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
 
@@ -57,10 +65,15 @@ def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = Non
         tau: the threshold, a number or [..., 1], or None.
     """
     z = jnp.abs(logits) if gating.scoring_func == "abs_softmax" else logits
-    is_softmax = gating.scoring_func != "sigmoid"
-    scores = jax.nn.softmax(z, axis=-1) if is_softmax else jax.nn.sigmoid(z)
+    is_softmax = "softmax" in gating.scoring_func
+    scores = _SCORES[gating.scoring_func](z)
     if gating.top_k is not None and gating.top_k < z.shape[-1]:
         kept = jnp.any(top_k_slots(z, gating.top_k), axis=-2)
+        if gating.top_p is not None:
+            kept |= _within(jax.lax.stop_gradient(z), jax.lax.stop_gradient(scores), gating.top_p)
+        if gating.entropy_threshold is not None:
+            entropy = _entropy(jax.lax.stop_gradient(scores) + gating.entropy_eps, gating.entropy_index)
+            kept |= entropy > gating.entropy_threshold
     else:
         kept = jnp.ones(z.shape, bool) if tau is None else scores >= tau
     if gating.norm_topk_prob and not gating.adaptive_threshold:
@@ -89,6 +102,24 @@ def top_k_slots(z: jax.Array, k: int) -> jax.Array:
         left = jnp.where(chosen, -jnp.inf, left)
         slots.append(chosen)
     return jnp.stack(slots, axis=-2)
+
+
+def _within(z: jax.Array, p: jax.Array, limit: float) -> jax.Array:
+    """Where the sum of p over all larger z (and equal ones before) and the own one is at most `limit`.
+
+    Sorted there and back, both without a gather, which a mesh would compute on whole arrays.
+    """
+    places = jnp.broadcast_to(jnp.arange(z.shape[-1]), z.shape)
+    _, descending, order = jax.lax.sort((-z, p, places), num_keys=1, is_stable=True)
+    return jax.lax.sort((order, jnp.cumsum(descending, axis=-1) <= limit), num_keys=1)[1]
+
+
+def _entropy(p: jax.Array, q: float) -> jax.Array:
+    """Tsallis' entropy of order q, or Shannon's for q = 1, divided by that of equal p: [..., 1]."""
+    experts = p.shape[-1]
+    if q == 1:
+        return -jnp.sum(jax.scipy.special.xlogy(p, p), axis=-1, keepdims=True) / math.log(experts)
+    return (1 - jnp.sum(p**q, axis=-1, keepdims=True)) / (1 - experts ** (1 - q))
 
 
 def _masked_softmax(z: jax.Array, kept: jax.Array) -> jax.Array:

@@ -71,10 +71,11 @@ class MoeLoraLinear(Described, LayerWrapper):
             sizes, in_features, out_features, zero_b=config.init_lora_weights, param_dtype=param_dtype, rngs=rngs
         )
         self.lora_a, self.lora_b = MoeLoraParam(a), MoeLoraParam(b)
+        self.reads_codes = config.router_input == "expert_activations"
         router: Router | TaskRouter | None = None
         if sizes.has_router and config.scope == "linear":
-            if config.router_input == "hidden":
-                router = Router(in_features, sizes, config=config, rngs=rngs)
+            if config.router_input != "task":
+                router = Router(a[..., 0].size if self.reads_codes else in_features, sizes, config=config, rngs=rngs)
             else:
                 assert shared is not None, "brings the task ids"
                 router = TaskRouter(sizes, shared, config=config, rngs=rngs)
@@ -105,15 +106,16 @@ class MoeLoraLinear(Described, LayerWrapper):
     def delta(self, x: jax.Array) -> jax.Array:
         """What the adapter adds, for x [tokens, in]: [tokens, out] in the adapter's dtype."""
         a, b = self.lora_a[...], self.lora_b[...]
-        gates = self._gates(x)
-        x = self.dropout(x.astype(a.dtype), rngs=self.rngs)
+        dropped = self.dropout(x.astype(a.dtype), rngs=self.rngs)
         if self.mix == "weights":
-            return mixed_factors(x, gates, a, b) * jnp.asarray(self.scalings[0], a.dtype)
-        hidden = (x @ a.reshape(-1, a.shape[-1]).T).reshape(x.shape[0], *a.shape[:2])
+            return mixed_factors(dropped, self._gates(x), a, b) * jnp.asarray(self.scalings[0], a.dtype)
+        codes = dropped @ a.reshape(-1, a.shape[-1]).T
+        gates = self._gates(jax.nn.relu(codes) if self.reads_codes else x)
+        hidden = codes.reshape(x.shape[0], *a.shape[:2])
         return gated_sum(hidden, scaled(gates[:, 0], self.scalings), b)
 
     def _gates(self, x: jax.Array) -> jax.Array:
-        """Their weights, [tokens, split, expert], from wherever the router of this layer stands."""
+        """Their weights, [tokens, split, expert], from wherever the router of this layer stands; x is what it reads."""
         if not self.routed:
             return jnp.ones((x.shape[0], 1, 1), jnp.float32)
         if self.shared is not None:  # the model's router has weighted them already

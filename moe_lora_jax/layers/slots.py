@@ -30,11 +30,11 @@ class Slots(NamedTuple):
     chosen: jax.Array | None
 
     @classmethod
-    def of(cls, gates: jax.Array, top_k: int | None) -> "Slots":
-        """Slots for the k largest gates of every token; of equal ones the first."""
-        if top_k is None or top_k >= gates.shape[-1]:
+    def of(cls, gates: jax.Array, most_kept: int | None) -> "Slots":
+        """Slots for the k largest gates of every token, whatever their signs; of equal ones the first."""
+        if most_kept is None or most_kept >= gates.shape[-1]:
             return cls(gates, None)
-        chosen = top_k_slots(jax.lax.stop_gradient(gates), top_k)
+        chosen = top_k_slots(jnp.abs(jax.lax.stop_gradient(gates)), most_kept)
         return cls(gates, jnp.moveaxis(chosen, -2, 0).astype(gates.dtype))
 
     def flat(self, x: jax.Array) -> jax.Array:

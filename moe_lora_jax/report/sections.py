@@ -15,10 +15,11 @@ from moe_lora_jax.report.similarity import delta_similarity, mean_pairs
 
 def all_sections(adapter: Adapter, statistics: RouterStatistics | str, records: Records | str) -> list[Section]:
     """Every section in its order; a string in place of statistics or records says why there are none."""
+    config = adapter.config
     return [
         usage(statistics),
         topics(statistics),
-        entropy(statistics, adapter.config.top_k if not adapter.config.top_k_pattern else None),
+        entropy(statistics, None if config.top_k_pattern or config.keeps_more else config.top_k),
         similarity(delta_similarity(adapter)),
         losses(records),
         balance(records),

@@ -34,7 +34,7 @@ def layout_problems(config: MoeLoraConfig, tensors: Mapping[Slot, Tensor]) -> li
         problems.extend(found.values())
         if not found and role in ("lora_A", "lora_B"):
             problems.extend(_padding_problems(config, module, role, tensor))
-        if not found and role in ("lora_A", "router"):
+        if not found and role in ("lora_A", "router") and "in" not in expected[module, role]:
             known.setdefault(module, {}).setdefault("in", tensor.shape[-1])
     for module in modules:
         dtypes = {tensors[module, role].dtype.name for role in ("lora_A", "lora_B") if (module, role) in tensors}
@@ -84,7 +84,8 @@ def _router_tensors(config: MoeLoraConfig, owner: str, logits: int) -> dict[Slot
         tensors[owner, "task_embedding"] = {"task": config.num_tasks or 0, "dim": config.task_embedding_dim or logits}
     if config.scope != "model":
         if config.router_depth:
-            tensors[owner, "router"] = {"logit": logits}
+            codes = {"in": _codes(config, owner)} if config.router_input == "expert_activations" else {}
+            tensors[owner, "router"] = {"logit": logits} | codes
             if config.router_bias:
                 tensors[owner, "router_bias"] = {"logit": logits}
         if config.adaptive_threshold:
@@ -98,6 +99,12 @@ def _router_tensors(config: MoeLoraConfig, owner: str, logits: int) -> dict[Slot
         if config.router_bias:
             tensors[owner, f"router_bias_{j}"] = {"unit": units}
     return tensors
+
+
+def _codes(config: MoeLoraConfig, module: str) -> int:
+    """The numbers that A x of all experts is."""
+    sizes = config.for_module(module)
+    return sizes.rank * (1 if sizes.shared_lora_A else sizes.num_experts)
 
 
 def _shape_problems(label: str, role: str, tensor: Tensor, sizes: Mapping[str, int]) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,11 @@
 The forward pass that a config describes, for a target linear layer W0 with experts e = 1..E:
 
     z      = (R x + b) / router_temperature                      router logits, fp32, [expert]
-    p      = softmax(z) | softmax(|z|) | sigmoid(z)              scoring_func
+    p      = softmax(z) | softmax(|z|) | sigmoid(z) | z          scoring_func
     keep   = all | the top_k largest p | p >= tau                tau = threshold, times sigmoid(w.x + c) if adaptive
+             and with top_p those whose p, added to all larger ones, makes at most top_p (DynMoLE)
+             and all where H > entropy_threshold, H = (1 - sum_e P_e^q) / (1 - E^(1-q)), or, q being 1,
+             -sum_e P_e log P_e / log E;  P = p + entropy_eps, q = entropy_index
     g      = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
     y      = W0 x + sum_e routed_scaling_factor * g_e * s_e * B_e A_e x
     s_e    = lora_alpha_e / r_e, or lora_alpha_e / sqrt(r_e) with use_rslora
@@ -18,6 +21,8 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
                      FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e being W0 + s_e B_e A_e (MixLoRA)
     model, hidden    one MLP router for the model; x is the last hidden state (after the final norm) of a first pass
                      without the adapter (X-LoRA); layerwise: E logits for each target module, in module_order
+    linear, expert_activations
+                     as linear, hidden, but the router reads relu(concat_e A_e x), [rank] of every expert (EWoRA)
     task             z = R(T[task]), T a table [task, dim]; with task_embedding_dim None the table's rows are the logits
     mix = weights    A = [sum_e g_qe A_e,q for q in splits], B likewise, y = W0 x + s B A x (Poly, MHR): the input of A
                      and the output of B are cut into n_splits parts, each with its own gates
@@ -50,6 +55,7 @@ from moe_lora_interop.config.allowed import (
     TARGETS,
     TEXT,
     TOP_K_PATTERN,
+    added,
     exactly,
     integer,
     one_of,
@@ -95,7 +101,8 @@ class MoeLoraConfig:
         init_lora_weights: True: B = 0, so the adapter starts as the identity. False: B random (for tests).
         modules_to_save: modules trained and saved whole beside the adapter (PyTorch only).
         scope: where the router stands: "linear", "ffn" (arXiv:2404.15159) or "model" (arXiv:2402.07148).
-        router_input: "hidden" or "task" (task ids are then given at call time).
+        router_input: "hidden", "task" (task ids are then given at call time) or "expert_activations" (what the experts
+            make of x before B, rectified: EWoRA, github.com/huggingface/peft/pull/3401).
         router_depth: linear layers of the router, with ReLU between; more than one only in model scope. 0: the task
             table itself holds the logits.
         router_hidden_size: width between the router's layers.
@@ -106,12 +113,19 @@ class MoeLoraConfig:
         mix: "outputs" or "weights" (arXiv:2202.13914).
         n_splits: parts of input and output with gates of their own, with mix = "weights" (arXiv:2211.03831).
         router_bias: whether the router has a bias b.
-        scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157) or "sigmoid".
+        scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157), "sigmoid", or "identity": the logits
+            themselves, which have a sign (needs norm_topk_prob False).
         router_temperature: divides the logits (and |logits|).
         top_k: experts kept per token; None keeps all (dense).
         threshold: keep experts with p >= threshold (MoLE); with adaptive_threshold it is the largest tau
             (AdaMoLE, arXiv:2405.00361).
         adaptive_threshold: tau = threshold * sigmoid(w.x + c) is learned per module, and subtracted from p.
+        top_p: top_k is then the fewest: more experts are kept as long as the sum of the largest p, their own included,
+            is at most top_p (DynMoLE, github.com/mikecovlee/DynMoLE).
+        entropy_threshold: top_k is then the fewest: all experts are kept for a token whose entropy H, as a part of the
+            largest possible, is above it (DynMoLE).
+        entropy_index: q of H, which is Tsallis' entropy; 1 is Shannon's.
+        entropy_eps: added to every p in H.
         norm_topk_prob: divide the kept weights by their sum; if nothing is kept the delta is zero.
         routed_scaling_factor: multiplies every weight of a routed module.
         lora_dropout: dropout on the experts' input, in training.
@@ -153,7 +167,7 @@ class MoeLoraConfig:
     modules_to_save: list[str] | None = field(default=None, metadata=optional(MODULE_NAMES))
 
     scope: str = field(default="linear", metadata=one_of("linear", "ffn", "model"))
-    router_input: str = field(default="hidden", metadata=one_of("hidden", "task"))
+    router_input: str = field(default="hidden", metadata=one_of("hidden", "task", "expert_activations"))
     router_depth: int = field(default=1, metadata=integer(0))
     router_hidden_size: int | None = field(default=None, metadata=optional(integer(1)))
     num_tasks: int | None = field(default=None, metadata=optional(integer(1)))
@@ -163,11 +177,15 @@ class MoeLoraConfig:
     mix: str = field(default="outputs", metadata=one_of("outputs", "weights"))
     n_splits: int = field(default=1, metadata=integer(1))
     router_bias: bool = field(default=False, metadata=BOOL)
-    scoring_func: str = field(default="softmax", metadata=one_of("softmax", "abs_softmax", "sigmoid"))
+    scoring_func: str = field(default="softmax", metadata=one_of("softmax", "abs_softmax", "sigmoid", "identity"))
     router_temperature: float = field(default=1.0, metadata=POSITIVE)
     top_k: int | None = field(default=None, metadata=optional(integer(1), "null (dense) or "))
     threshold: float | None = field(default=None, metadata=optional(PROBABILITY))
     adaptive_threshold: bool = field(default=False, metadata=BOOL)
+    top_p: float | None = field(default=None, metadata=added(optional(PROBABILITY)))
+    entropy_threshold: float | None = field(default=None, metadata=added(optional(FRACTION)))
+    entropy_index: float = field(default=1.0, metadata=added(POSITIVE))
+    entropy_eps: float = field(default=0.0, metadata=added(FRACTION))
     norm_topk_prob: bool = field(default=True, metadata=BOOL)
     routed_scaling_factor: float = field(default=1.0, metadata=POSITIVE)
 
@@ -219,6 +237,11 @@ class MoeLoraConfig:
         return Targets(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Targets)})
 
     @property
+    def keeps_more(self) -> bool:
+        """Whether a token may keep more than top_k experts."""
+        return self.top_p is not None or self.entropy_threshold is not None
+
+    @property
     def gates_sum_to_one(self) -> bool:
         """Whether the gates of every token sum to 1, in training too.
 
@@ -251,13 +274,17 @@ class MoeLoraConfig:
             own = {n: first_match(getattr(self, pattern), module, getattr(self, n)) for pattern, n in PATTERNS.items()}
             experts = own["num_experts"]
             own["top_k"] = own["top_k"] if experts > 1 else None
-            wrong = clashes({**own, "shared_lora_A": self.shared_lora_A, "mix": self.mix, "scope": self.scope})
+            same = ("shared_lora_A", "mix", "scope", "router_input")
+            wrong = clashes({**own, **{name: getattr(self, name) for name in same}})
             if self.scope == "model" and experts not in (1, self.num_experts):
                 wrong.append(f"num_experts: found {experts}, expected {self.num_experts} (one router) or 1 (none)")
             problems += [f"{module}: {problem}" for problem in wrong]
             if not wrong:
                 ranks, alphas = (_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
-                found[module] = ModuleConfig(experts, ranks, alphas, self.use_rslora, own["top_k"], self.shared_lora_A)
+                most = None if self.keeps_more else own["top_k"]
+                found[module] = ModuleConfig(
+                    experts, ranks, alphas, self.use_rslora, own["top_k"], most, self.shared_lora_A
+                )
         return found, problems
 
     def routed(self, modules: Iterable[str]) -> list[str]:
@@ -285,8 +312,10 @@ class MoeLoraConfig:
         return dataclasses.replace(self, target_modules=names, **others, **patterns)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary of every field; the inverse of `from_dict`."""
-        return {f.name: _as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """JSON-ready dictionary, the inverse of `from_dict`: every field, but an `added` one only where it is not the
+        default."""
+        values = {f: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: _as_json(v) for f, v in values.items() if not (f.metadata.get("added") and v == f.default)}
 
     def semantic_dict(self) -> dict[str, Any]:
         """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
@@ -365,13 +394,15 @@ BOOKKEEPING = tuple(f.name for f in dataclasses.fields(MoeLoraConfig) if not f.c
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """What the config says about one target module. `ranks` and `alphas` have one entry per expert."""
+    """What the config says about one target module. `ranks` and `alphas` have one entry per expert; a token keeps at
+    least `top_k` and at most `most_kept` experts, null being all."""
 
     num_experts: int
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     use_rslora: bool
     top_k: int | None
+    most_kept: int | None
     shared_lora_A: bool
 
     @property

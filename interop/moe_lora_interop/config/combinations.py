@@ -37,6 +37,18 @@ def _selects(top_k: int | None, top_k_pattern: Mapping[str, int | None]) -> bool
     return top_k is not None or any(k is not None for k in top_k_pattern.values())
 
 
+def _without_floor(value: float | None, top_k: int | None, top_k_pattern: Mapping[str, int | None]) -> str | None:
+    if value is None or (top_k is not None and None not in top_k_pattern.values()):
+        return None
+    return f"found {value} without top_k, expected it for every module: the fewest experts that are kept"
+
+
+def _of_no_softmax(value: float | None, scoring_func: str) -> str | None:
+    if value is None or "softmax" in scoring_func:
+        return None
+    return f"found {value} with scoring_func {scoring_func}, expected null or a softmax: it is one of probabilities"
+
+
 def _differ(value: Any) -> bool:
     return isinstance(value, list) and len(set(value)) > 1
 
@@ -65,8 +77,24 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
         (adaptive_threshold and (scope == "model" or router_input != "hidden" or mix != "outputs"))
         and "found true, expected scope linear or ffn, router_input hidden and mix outputs with it"
     ),
+    lambda norm_topk_prob, scoring_func: (
+        (norm_topk_prob and scoring_func == "identity")
+        and "found true with scoring_func identity, expected false: signed scores are not divided by their sum"
+    ),
+    lambda threshold, scoring_func: (
+        (threshold is not None and scoring_func == "identity")
+        and f"found {threshold} with scoring_func identity, expected null or another score: it is one of probabilities"
+    ),
+    lambda top_p, top_k, top_k_pattern: _without_floor(top_p, top_k, top_k_pattern),
+    lambda entropy_threshold, top_k, top_k_pattern: _without_floor(entropy_threshold, top_k, top_k_pattern),
+    lambda top_p, scoring_func: _of_no_softmax(top_p, scoring_func),
+    lambda entropy_threshold, scoring_func: _of_no_softmax(entropy_threshold, scoring_func),
+    lambda router_aux_loss_coef, scoring_func: (
+        (router_aux_loss_coef > 0 and scoring_func == "identity")
+        and f"found {router_aux_loss_coef} with scoring_func identity, expected 0: signed scores are no probabilities"
+    ),
     lambda norm_topk_prob, scoring_func, threshold, top_k, top_k_pattern: (
-        (not norm_topk_prob and scoring_func != "sigmoid" and threshold is None and not _selects(top_k, top_k_pattern))
+        (not norm_topk_prob and "softmax" in scoring_func and threshold is None and not _selects(top_k, top_k_pattern))
         and "found false with a dense softmax, whose weights sum to 1 anyway; expected true, top_k or threshold"
     ),
     # target modules
@@ -96,6 +124,11 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
     lambda router_dropout, router_depth: (
         (router_dropout > 0 and router_depth < 1)
         and f"found {router_dropout} with router_depth {router_depth}, expected 0: there are no layers"
+    ),
+    lambda router_input, scope, mix, r: (
+        (router_input == "expert_activations" and (scope != "linear" or mix != "outputs" or _differ(r)))
+        and f"found expert_activations with scope {scope}, mix {mix}, r {r}; expected scope linear, mix outputs, "
+        "one rank"
     ),
     # tasks
     lambda num_tasks, router_input: (

@@ -17,6 +17,14 @@ class GatesRule(Protocol):
     @property
     def adaptive_threshold(self) -> bool: ...
     @property
+    def top_p(self) -> float | None: ...
+    @property
+    def entropy_threshold(self) -> float | None: ...
+    @property
+    def entropy_index(self) -> float: ...
+    @property
+    def entropy_eps(self) -> float: ...
+    @property
     def norm_topk_prob(self) -> bool: ...
     @property
     def routed_scaling_factor(self) -> float: ...
@@ -26,7 +34,8 @@ def routing_in_words(config: MoeLoraConfig) -> str:
     """The routing rule of a config in one line, from the router's input to the gates."""
     if config.num_experts == 1 and not config.num_experts_pattern:
         return "none, one expert (plain LoRA)"
-    logits = "R x + b" if config.router_bias else "R x"
+    logits = "R relu(A x)" if config.router_input == "expert_activations" else "R x"
+    logits = f"{logits} + b" if config.router_bias else logits
     if config.router_temperature != 1:
         logits = f"({logits}) / {config.router_temperature:g}"
     by_module = f" (top_k per module: {config.top_k_pattern})" if config.top_k_pattern else ""
@@ -39,7 +48,7 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
     Args:
         by_module: added to what is kept, where that differs by module.
     """
-    score = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)"}[rule.scoring_func]
+    scores = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)", "identity": "z"}
     if rule.top_k is not None:
         kept = f"the {rule.top_k} largest"
     elif rule.adaptive_threshold:
@@ -48,6 +57,11 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
         kept = f"those with p >= {rule.threshold:g}"
     else:
         kept = "all"
+    if rule.top_p is not None:
+        kept += f" and more while their sum is at most {rule.top_p:g}"
+    if rule.entropy_threshold is not None:
+        eps = f" of p + {rule.entropy_eps:g}" if rule.entropy_eps else ""
+        kept += f", all where the entropy H_{rule.entropy_index:g}{eps} is above {rule.entropy_threshold:g}"
     norm = ", divided by their sum" if rule.norm_topk_prob else ", not renormalised"
     factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
-    return f"p = {score}, keep {kept}{by_module}{norm}{factor}"
+    return f"p = {scores[rule.scoring_func]}, keep {kept}{by_module}{norm}{factor}"

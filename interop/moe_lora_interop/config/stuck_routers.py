@@ -10,7 +10,7 @@ def stuck_routers(config: MoeLoraConfig, modules: Iterable[str]) -> list[str]:
     """Those of `modules` whose router keeps one expert and renormalises: its gate is always 1, whatever the logits."""
     if not config.norm_topk_prob or config.adaptive_threshold:
         return []
-    return [m for m, sizes in config.for_modules(modules).items() if sizes.has_router and sizes.top_k == 1]
+    return [m for m, sizes in config.for_modules(modules).items() if sizes.has_router and sizes.most_kept == 1]
 
 
 def warn_of_stuck_routers(config: MoeLoraConfig, modules: Iterable[str]) -> None:

@@ -2,12 +2,13 @@
 
 from moe_lora_interop.dialects.adamole import ADAMOLE, GOAT, MOLE
 from moe_lora_interop.dialects.arrow import ARROW
+from moe_lora_interop.dialects.ewora import EWORA
 from moe_lora_interop.dialects.for_ai import FOR_AI_MOLORA
 from moe_lora_interop.dialects.hydralora import HYDRALORA
 from moe_lora_interop.dialects.lora import PLAIN_LORA
 from moe_lora_interop.dialects.loramoe import LORAMOE
 from moe_lora_interop.dialects.maxtext import MAXTEXT
-from moe_lora_interop.dialects.moe_peft import MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
+from moe_lora_interop.dialects.moe_peft import DYNMOLE, MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
 from moe_lora_interop.dialects.moelora import MOELORA
 from moe_lora_interop.dialects.mola import MOLA
 from moe_lora_interop.dialects.native import NATIVE
@@ -24,6 +25,7 @@ FILE_DIALECTS = (
     MOE_PEFT_MOLA,
     MIXLORA,
     MIXLORA_LEGACY,
+    DYNMOLE,
     MOLA,
     MOLE,
     ADAMOLE,
@@ -34,6 +36,7 @@ FILE_DIALECTS = (
     MOELORA,
     XLORA,
     PEFT_ROUTER,
+    EWORA,
 )
 
 __all__ = ["FILE_DIALECTS", "MAXTEXT", "NATIVE"]

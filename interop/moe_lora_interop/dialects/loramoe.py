@@ -1,8 +1,11 @@
-"""LoRAMoE (arXiv:2312.09979): E experts and a dense softmax router on every target layer."""
+"""LoRAMoE (arXiv:2312.09979): E experts and a dense softmax router on every target layer; LD-MoLE without sparsegen."""
 
 from moe_lora_interop.rules.dialect import Dialect, Field
 from moe_lora_interop.rules.lora_fields import INERT, LORA
 from moe_lora_interop.rules.tensors import Rule
+
+# of LD-MoLE (eshentw/LD-MoLE@d7b7425), which borrows these keys; `lora_fields.CHECKED` says when they mean more
+_LD_MOLE = frozenset({"sparsegen_cfg", "sparsegen_init", "lora_freeze", "router_freeze", "modules_to_save"})
 
 _PREFIX = "base_model.model.{module}"
 
@@ -22,8 +25,8 @@ LORAMOE = Dialect(
         *LORA,
     ),
     fixed={"router_aux_loss": "localized"},
-    const={"peft_type": ("LORA",), "bias": ("none",), "sparsegen_cfg": ()},  # LD-MoLE borrows these keys
-    ignore=INERT,
+    const={"peft_type": ("LORA",), "bias": ("none",)},
+    ignore=INERT | _LD_MOLE,
     weights="adapter_model.bin",
     notes="dense softmax only; one E, r and alpha for all modules",
 )

@@ -1,6 +1,6 @@
-"""MoE-PEFT and MixLoRA (arXiv:2404.15159): keys without PEFT's prefix; attention may be plain LoRA."""
+"""MoE-PEFT, MixLoRA (arXiv:2404.15159) and DynMoLE: keys without PEFT's prefix; attention may be plain LoRA."""
 
-from moe_lora_interop.rules.codecs import LAST_PARTS
+from moe_lora_interop.rules.codecs import FROM_ONE_NULL, LAST_PARTS
 from moe_lora_interop.rules.dialect import Dialect, Field
 from moe_lora_interop.rules.lora_fields import INERT, LORA
 from moe_lora_interop.rules.tensors import Rule
@@ -55,6 +55,26 @@ MOE_PEFT_MOLA = Dialect(
     ignore=_INERT,
     weights="adapter_model.bin",
     notes="softmax, top-k, renormalised; one E, k, r and alpha for all modules",
+)
+
+DYNMOLE = Dialect(
+    name="dynmole",
+    source="mikecovlee/DynMoLE@2f428d3, a fork of MoE-PEFT",
+    rules=_experts("dynmole"),
+    fields=(
+        *_FIELDS,
+        Field("top_k", "keep_top_k"),
+        Field("top_p", "top_p"),
+        Field("entropy_threshold", "entropy_threshold", FROM_ONE_NULL),
+        Field("entropy_index", "entropy_index"),
+        Field("entropy_eps", "entropy_eps"),
+    ),
+    fixed={"norm_topk_prob": False},
+    const={"peft_type": ("DYNMOLE",), "routing_strategy": ("dynmole",), "bias": ("none",)},
+    ignore=_INERT,
+    weights="adapter_model.bin",
+    notes="softmax, top-k, top-p and an entropy above which all experts are kept, not renormalised; one E, k, r and "
+    "alpha for all modules",
 )
 
 _MIXLORA_CONST = {"peft_type": ("MIXLORA",), "bias": ("none",), "use_dora": (False,)}

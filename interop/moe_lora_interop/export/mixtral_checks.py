@@ -69,6 +69,11 @@ def adapter_problems(adapter: Adapter) -> list[str]:
         (c.scope != "ffn", f"scope: found {c.scope}, expected ffn: Mixtral mixes whole feed-forward blocks"),
         (c.router_bias, "router_bias: found true, expected false: Mixtral's router has none"),
         (c.threshold is not None, f"threshold: found {c.threshold}, expected null: Mixtral selects by top-k"),
+        (c.top_p is not None, f"top_p: found {c.top_p}, expected null: Mixtral selects by top-k alone"),
+        (
+            c.entropy_threshold is not None,
+            f"entropy_threshold: found {c.entropy_threshold}, expected null: Mixtral selects by top-k alone",
+        ),
         (c.scoring_func != "softmax", f"scoring_func: found {c.scoring_func}, expected softmax"),
         (not c.norm_topk_prob and not dense, "norm_topk_prob: found false, expected true: Mixtral renormalises"),
         (c.routed_scaling_factor != 1, f"routed_scaling_factor: found {c.routed_scaling_factor}, expected 1"),

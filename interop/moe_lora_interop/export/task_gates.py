@@ -14,7 +14,8 @@ def compute_gates(
 ) -> np.ndarray:
     """Weights g of the experts, times routed_scaling_factor: [..., expert], from logits z: [..., expert].
 
-        p = softmax(z) | softmax(|z|) | sigmoid(z)
+        p = softmax(z) | softmax(|z|) | sigmoid(z) | z
+        kept: all | the top_k largest p | p >= tau; with top_p and entropy_threshold more, as the config says
         g = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
 
     Args:
@@ -26,6 +27,8 @@ def compute_gates(
     z = np.abs(logits) if config.scoring_func == "abs_softmax" else logits
     if config.scoring_func == "sigmoid":
         score = np.exp(-np.logaddexp(0.0, -z))
+    elif config.scoring_func == "identity":
+        score = z
     else:
         exponential = np.exp(z - z.max(axis=-1, keepdims=True))
         score = exponential / exponential.sum(axis=-1, keepdims=True)
@@ -33,6 +36,7 @@ def compute_gates(
     if top_k is not None:
         keep[:] = False
         np.put_along_axis(keep, np.argsort(-z, axis=-1, kind="stable")[..., :top_k], True, axis=-1)
+        keep |= _further(score, config)
     threshold = config.threshold if tau is None else tau
     if threshold is not None:
         keep &= score >= threshold
@@ -42,6 +46,24 @@ def compute_gates(
         total = weights.sum(axis=-1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     return weights * config.routed_scaling_factor
+
+
+def _further(p: np.ndarray, config: MoeLoraConfig) -> np.ndarray:
+    """The experts that top_p and entropy_threshold keep beside the largest."""
+    more = np.zeros(p.shape, bool)
+    if config.top_p is not None:
+        order = np.argsort(-p, axis=-1, kind="stable")
+        within = np.cumsum(np.take_along_axis(p, order, -1), axis=-1) <= config.top_p
+        np.put_along_axis(more, order, within, axis=-1)
+    if config.entropy_threshold is not None:
+        q, shifted, experts = config.entropy_index, p + config.entropy_eps, p.shape[-1]
+        if q == 1:
+            logs = np.log(shifted, out=np.zeros_like(shifted), where=shifted > 0)
+            entropy = -(shifted * logs).sum(axis=-1, keepdims=True) / np.log(experts)
+        else:
+            entropy = (1 - (shifted**q).sum(axis=-1, keepdims=True)) / (1 - experts ** (1 - q))
+        more |= entropy > config.entropy_threshold
+    return more
 
 
 def task_gates(adapter: Adapter, task_ids: Sequence[int]) -> dict[str, np.ndarray]:

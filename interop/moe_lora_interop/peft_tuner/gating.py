@@ -1,5 +1,6 @@
 """From router logits to gates: one composition for every routing scheme, the same in JAX and PyTorch."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,9 @@ class RouterOutput(NamedTuple):
 def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor | float | None) -> RouterOutput:
     """Computes the gates.
 
-        p     = softmax(z) | softmax(|z|) | sigmoid(z)
+        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
+                with top_p and entropy_threshold more, as `moe_lora_interop.config` says it
         gates = softmax of z (or |z|) over the kept logits     softmax scores, norm_topk_prob, no adaptive threshold
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
 
@@ -40,12 +42,18 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
     """
     # |z| by selection: its derivative at 0 is 1, as jax.numpy.abs has it, where torch.abs has 0
     z = torch.where(logits >= 0, logits, -logits) if config.scoring_func == "abs_softmax" else logits
-    is_softmax = config.scoring_func != "sigmoid"
-    scores = z.softmax(-1) if is_softmax else z.sigmoid()
+    is_softmax = "softmax" in config.scoring_func
+    scores = z.softmax(-1) if is_softmax else z if config.scoring_func == "identity" else z.sigmoid()
     if top_k is not None:
         # by z, which orders like p but does not saturate; torch.topk breaks ties in no particular order
         order = z.sort(dim=-1, descending=True, stable=True).indices
-        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :top_k], True)
+        first = torch.arange(z.shape[-1], device=z.device) < top_k
+        if config.top_p is not None:
+            first = first | (scores.detach().gather(-1, order).cumsum(-1) <= config.top_p)
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, first.expand_as(order))
+        if config.entropy_threshold is not None:
+            entropy = _entropy(scores.detach() + config.entropy_eps, config.entropy_index)
+            kept = kept | (entropy > config.entropy_threshold)
     else:
         kept = torch.ones_like(scores, dtype=torch.bool) if tau is None else scores >= tau
     if is_softmax and config.norm_topk_prob and not config.adaptive_threshold:
@@ -59,3 +67,11 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
             total = gates.sum(-1, keepdim=True)
             gates = gates / torch.where(total > 0, total, 1.0)
     return RouterOutput(logits, scores, kept, gates)
+
+
+def _entropy(p: Tensor, q: float) -> Tensor:
+    """Tsallis' entropy of order q, or Shannon's for q = 1, divided by that of equal p: [..., 1]."""
+    experts = p.shape[-1]
+    if q == 1:
+        return -torch.xlogy(p, p).sum(-1, keepdim=True) / math.log(experts)
+    return (1 - (p**q).sum(-1, keepdim=True)) / (1 - experts ** (1 - q))

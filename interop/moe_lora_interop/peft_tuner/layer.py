@@ -72,7 +72,9 @@ class Linear(MoeLoraLayer):
         self.moe_lora_B[adapter_name] = nn.Parameter(torch.empty(experts, self.out_features, rank, dtype=dtype))
         self.reset_moe_lora_parameters(adapter_name, config.init_lora_weights)
         if module.has_router and config.scope == "linear":
-            self.add_router(adapter_name, self.in_features, dtype)
+            codes = config.router_input == "expert_activations"
+            inputs = self.moe_lora_A[adapter_name][..., 0].numel() if codes else self.in_features
+            self.add_router(adapter_name, inputs, dtype)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -139,13 +141,13 @@ class Linear(MoeLoraLayer):
         if not module.has_router:  # in the order of stock LoRA, to which this is bit-equal
             delta = F.linear(F.linear(dropped, lora_a[0]), lora_b[0]) * module.scalings[0]
             return delta.reshape(*x.shape[:-1], self.out_features)
-        gates = self._gates(adapter_name, tokens)
         if config.mix == "weights":
-            gates = gates.reshape(len(tokens), config.n_splits, module.num_experts)
+            gates = self._gates(adapter_name, tokens).reshape(len(tokens), config.n_splits, module.num_experts)
             delta = mixed_factors(dropped, gates, lora_a, lora_b) * module.scalings[0]
         else:
-            hidden = F.linear(dropped, lora_a.flatten(0, 1)).unflatten(1, lora_a.shape[:2])
-            delta = gated_sum(hidden, scaled(gates, module.scalings), lora_b)
+            codes = F.linear(dropped, lora_a.flatten(0, 1))
+            gates = self._gates(adapter_name, codes.relu() if config.router_input == "expert_activations" else tokens)
+            delta = gated_sum(codes.unflatten(1, lora_a.shape[:2]), scaled(gates, module.scalings), lora_b)
         return delta.reshape(*x.shape[:-1], self.out_features)
 
     def _factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -160,7 +162,11 @@ class Linear(MoeLoraLayer):
         return F.dropout(x, self.moe_lora_config[adapter_name].lora_dropout, self.training)
 
     def _gates(self, adapter_name: str, tokens: Tensor) -> Tensor:
-        """[token, expert] or [token, split, expert], from wherever the router of this layer stands."""
+        """[token, expert] or [token, split, expert], from wherever the router of this layer stands.
+
+        Args:
+            tokens: what that router reads, if it stands here.
+        """
         config = self.moe_lora_config[adapter_name]
         if config.scope == "model":  # the router has applied expert_dropout already
             gates = self.moe_lora_shared[adapter_name].get()

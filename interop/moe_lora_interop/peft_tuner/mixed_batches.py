@@ -56,7 +56,7 @@ def check_adapter_names(tuner: nn.Module, adapter_names: list[str]) -> None:
         )
     for name in sorted(set(adapter_names) - {BASE_ADAPTER}):
         config = known[name]
-        if config.scope != "linear" or config.router_input != "hidden":
+        if config.scope != "linear" or config.router_input == "task":
             raise ValueError(
                 MIXED_BATCH_REFUSAL.format(name=name, scope=config.scope, router_input=config.router_input)
             )

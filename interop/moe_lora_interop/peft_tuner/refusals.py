@@ -30,7 +30,7 @@ BLOCK_REFUSAL = (
 
 MIXED_BATCH_REFUSAL = (
     "adapter_names: adapter {name!r} has scope {scope} and router_input {router_input}; a batch can mix only adapters "
-    "whose routers stand at each linear layer and read its input. Run one batch for each adapter (set_adapter)"
+    "whose routers stand at each linear layer and read what passes there. Run one batch for each adapter (set_adapter)"
 )
 
 NO_VALUE = (

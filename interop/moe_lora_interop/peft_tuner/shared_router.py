@@ -99,7 +99,7 @@ class BlockRouter(SharedRouter):
             raise ValueError(BLOCK_REFUSAL.format(names=together, name=repr(name)))
         x = args[0] if args else next(iter(kwargs.values()))
         gates = self.weights(name, self.route(name, x.reshape(-1, x.shape[-1])).gates)
-        self.moe_lora_shared[name].value = Slots.of(gates, self.moe_lora_module_config[name].top_k, x.shape[:-1])
+        self.moe_lora_shared[name].value = Slots.of(gates, self.moe_lora_module_config[name].most_kept, x.shape[:-1])
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forgets the slots: a layer that is called outside its block must not use them."""

@@ -1,12 +1,13 @@
 """How a value of our config corresponds to a value of another's: each codec is one correspondence, named once."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.config.allowed import LARGEST
-from moe_lora_interop.config.patterns import layer_of, pattern_for
+from moe_lora_interop.config.patterns import layer_of, match_start, pattern_for
 from moe_lora_interop.errors import ConfigError
 
 Values = dict[str, Any]
@@ -73,6 +74,19 @@ DEFAULT_SHARE = Codec(_share_ours, _same_theirs)
 """Their null means 1 / num_experts."""
 
 
+def _from_one_null_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:
+    ours[name] = None if value >= 1 else value
+
+
+def _from_one_null_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
+    value = getattr(config, name)
+    return 1.0 if value is None else value
+
+
+FROM_ONE_NULL = Codec(_from_one_null_ours, _from_one_null_theirs)
+"""Theirs is switched off by any value from 1 on."""
+
+
 def renamed(names: Mapping[Any, Any]) -> Codec:
     """Their spelling of some values; others are the same."""
     back = {v: k for k, v in names.items()}
@@ -120,6 +134,42 @@ def _last(layers: Collection[int]) -> int:
 
 PER_LAYER = Codec(_per_layer_ours, _per_layer_theirs)
 """Theirs is a list with one value per transformer layer (or, when reading, one number)."""
+
+
+def _unscaled_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:
+    ours["r"] = ours["lora_alpha"] = value
+
+
+def _unscaled_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
+    value = collapsed(config.r) if isinstance(config.r, list) else config.r
+    if isinstance(value, list):
+        raise TypeError
+    return value
+
+
+UNSCALED = Codec(_unscaled_ours, _unscaled_theirs)
+"""Their rank, with no scaling: ours is lora_alpha / r."""
+
+
+def _unscaled_pattern_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:
+    ranks = {m: _at_a_dot(value, m, ours["r"]) for m in modules}
+    ours["rank_pattern"] = ours["alpha_pattern"] = pattern_for(ranks, ours["r"])
+
+
+def _at_a_dot(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The rule of older PEFT: the first key that matches all after some dot of the path, or the path as a key."""
+    return next((v for k, v in pattern.items() if match_start(rf".*\.{k}$", module)), pattern.get(module, default))
+
+
+def _unscaled_pattern_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
+    ranks = {m: sizes.rank for m, sizes in config.for_modules(modules).items()}
+    whole = {f"^{re.escape(m)}": m for m in modules}
+    default = _unscaled_theirs("r", config, modules)
+    return {whole.get(key, key): rank for key, rank in pattern_for(ranks, default).items()}
+
+
+UNSCALED_PATTERN = Codec(_unscaled_pattern_ours, _unscaled_pattern_theirs)
+"""Their ranks by module (see `_at_a_dot`), with no scaling."""
 
 
 def _per_expert_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:

@@ -95,9 +95,25 @@ def activation_problem(value: Any) -> str:
     return "its experts use this instead of the base's activation; if the base has the same one, set act_fn to null"
 
 
+def sparsegen_problem(value: Any) -> str:
+    """LD-MoLE says only here whether its gates are sparsegen's; its field `sparsegen` is always false."""
+    if isinstance(value, Mapping) and value.get("enabled") is False:
+        return ""
+    return "expected enabled false: with sparsegen the gates are no softmax, and the layout is another one"
+
+
+def named_modules_problem(value: Any) -> str:
+    """LD-MoLE names a classifier and its sparsegen where there is neither; tensors of them are refused anyway."""
+    if value in (None, []) or (isinstance(value, list) and all(name in ("score", "sparsegen") for name in value)):
+        return ""
+    return f"which means {REFUSED['modules_to_save']}, and the file has none"
+
+
 # Why a value of an ignored field may not be ignored; "" if it may.
 CHECKED: Mapping[str, Callable[[Any], str]] = {
     "init_lora_weights": init_problem,
     "init_weights": init_problem,
     "act_fn": activation_problem,
+    "modules_to_save": named_modules_problem,
+    "sparsegen_cfg": sparsegen_problem,
 }
