@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parent / "peers"
-BASES = {"hydralora": "mha", "loramoe": "mha", "mola": "mha", "moe_peft": "moe_peft"}
+BASES = {"hydralora": "mha", "loramoe": "mha", "mola": "mha", "moe_peft": "moe_peft", "coin": "coin"}
+BASES |= dict.fromkeys(("comol", "meteora", "mtl_lora", "xlora_original"), "gqa48")
 BLOG_OPTIONS = {"router_input": "hidden", "top_k": None}  # what the blog's layout does not record
 
 

@@ -142,6 +142,16 @@ def moelora():
                 yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
 
 
+def coin():
+    for layer, path, i, o in linears():
+        m = f"{PEFT}.{layer}.{path}"
+        yield f"{m}.lora_router.weight", (E, i)
+        for e in EXPERTS:
+            for tail in (".mlp.weight", ".weight"):
+                yield f"{m}.lora_A.loraA.{e}{tail}", (R // 4, i)
+                yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
+
+
 def plain_lora():
     for layer, path, i, o in linears():
         m = f"{PEFT}.{layer}.{path}"
@@ -202,6 +212,7 @@ MANIFESTS = {
     "poly": ("poly", lambda: poly(1), {"peft_type": "POLY", "poly_type": "poly"}),
     "mhr": ("poly", lambda: poly(4), {"peft_type": "POLY", "poly_type": "poly"}),
     "moelora": ("moelora", moelora, {"peft_type": "MMOELORAS", "bias": "none"}),
+    "coin": ("coin", coin, {"peft_type": "MOE_LORA_CoIN", "bias": "none"}),
     "lora": ("lora", plain_lora, LORA),
     "peft-router": ("peft-router", peft_router, LORA),
     "xlora": ("xlora", xlora, {"peft_type": "XLORA", "xlora_dropout_p": 0.2, "scaling_pass_value": 0.0}),

@@ -15,6 +15,8 @@ LAYOUTS = {
     "adamole/mole_threshold": "mole",
     "adamole/mole_topk": "mole",
     "arrow/arrow": "arrow",
+    "coin/adapter": "coin",
+    "coin/trainer": "coin",
     "hydralora/adapter": "hydralora",
     "loramoe/adapter": "loramoe",
     "moe_peft/loramoe": "moe-peft-loramoe",
@@ -50,7 +52,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 22
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 24
 
 
 @named

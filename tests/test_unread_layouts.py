@@ -13,8 +13,6 @@ from moe_lora_interop.disk import files, torch_files
 FOLDER = Path(__file__).parent / "peers_refused"
 REFUSED = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 NAMES = {
-    "coin-adapter": "CoIN",
-    "coin-trainer": "CoIN",
     "comol-core_router": "CoMoL",
     "dynmole-no_entropy": "DynMoLE",
     "ewora-rank_pattern": "EWoRA",

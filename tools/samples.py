@@ -48,6 +48,7 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "arrow": ("arrow", {"r": [1, 2, 3, 2], "lora_alpha": [1, 2, 3, 4]}, _ATTENTION),
     "poly": ("poly", {"lora_alpha": 1, "num_tasks": 3, "n_splits": 2}, _ATTENTION),
     "moelora": ("moelora", {"task_embedding_dim": 4, "num_tasks": 3}, _ATTENTION),
+    "coin": ("", {}, _ATTENTION),
     "xlora": ("xlora", {**_XLORA, "r": [1, 2, 3, 2], "routed_scaling_factor": 2.0}, _ATTENTION),
     "peft-router": ("xlora", {}, _ATTENTION),
     "lora": ("", {"num_experts": 1, "rank_pattern": {"v_proj": 3}}, _ATTENTION),

@@ -2,6 +2,7 @@
 
 from moe_lora_interop.dialects.adamole import ADAMOLE, GOAT, MOLE
 from moe_lora_interop.dialects.arrow import ARROW
+from moe_lora_interop.dialects.coin import COIN
 from moe_lora_interop.dialects.for_ai import FOR_AI_MOLORA
 from moe_lora_interop.dialects.hydralora import HYDRALORA
 from moe_lora_interop.dialects.lora import PLAIN_LORA
@@ -32,6 +33,7 @@ FILE_DIALECTS = (
     ARROW,
     POLY,
     MOELORA,
+    COIN,
     XLORA,
     PEFT_ROUTER,
 )

@@ -24,7 +24,6 @@ class Unread(NamedTuple):
 
 
 UNREAD = (
-    Unread("CoIN", "zackschen/CoIN", peft_type="MOE_LORA_CoIN"),
     Unread("CoMoL", "DCDmllm/CoMoL", peft_type="MoCoreLORA"),
     Unread("DynMoLE", "mikecovlee/DynMoLE", peft_type="DYNMOLE"),
     Unread("EWoRA", "huggingface/peft#3401", peft_type="EWORA"),
