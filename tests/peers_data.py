@@ -32,7 +32,9 @@ class Peer:
 
     @property
     def options(self) -> dict[str, Any]:
-        return self.provenance.get("read_options", BLOG_OPTIONS if self.name.startswith("seed_style") else {})
+        given = self.provenance.get("read_options", BLOG_OPTIONS if self.name.startswith("seed_style") else {})
+        folders = {n: [str(self.directory / path) for path in v] for n, v in given.items() if n == "adapters"}
+        return given | folders  # so that they are found from a copy elsewhere, too
 
     @property
     def reference(self) -> dict[str, np.ndarray]:

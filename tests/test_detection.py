@@ -152,6 +152,27 @@ def coin():
                 yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
 
 
+def comol():
+    for layer, path, i, o in linears():
+        m = f"{PEFT}.{layer}.{path}"
+        yield from ((f"{m}.lora_A.weight", (R, i)), (f"{m}.lora_B.weight", (o, R)), (f"{m}.lora_router.weight", (E, R)))
+        yield from ((f"{m}.lora_Cores.{e}", (R, R)) for e in EXPERTS)
+
+
+def meteora():
+    for layer, path, i, o in linears():
+        m = f"main/{PEFT}.{layer}.{path}"
+        yield f"{m}.base_layer.weight", (o, i)
+        yield f"{m}.lora_A.weight", (E * R, i)
+        yield f"{m}.lora_B.weight", (o, E * R)
+        yield f"{m}.moe_gate.weight", (E, i)
+    for layer in range(LAYERS):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"main/{PEFT}.{layer}.{norm}.weight", (HIDDEN,)
+    yield "main/base_model.model.model.norm.weight", (HIDDEN,)
+    yield from ((f"main/base_model.model.{name}.weight", (32000, HIDDEN)) for name in ("model.embed_tokens", "lm_head"))
+
+
 def plain_lora():
     for layer, path, i, o in linears():
         m = f"{PEFT}.{layer}.{path}"
@@ -213,12 +234,14 @@ MANIFESTS = {
     "mhr": ("poly", lambda: poly(4), {"peft_type": "POLY", "poly_type": "poly"}),
     "moelora": ("moelora", moelora, {"peft_type": "MMOELORAS", "bias": "none"}),
     "coin": ("coin", coin, {"peft_type": "MOE_LORA_CoIN", "bias": "none"}),
+    "comol": ("comol", comol, {"peft_type": "MoCoreLORA", "bias": "none", "core_router": True}),
+    "meteora": ("meteora", meteora, {}),
     "lora": ("lora", plain_lora, LORA),
     "peft-router": ("peft-router", peft_router, LORA),
     "xlora": ("xlora", xlora, {"peft_type": "XLORA", "xlora_dropout_p": 0.2, "scaling_pass_value": 0.0}),
     "arrow": ("arrow", arrow, {**LORA, "arrow_config": {"use_gks": False}}),
 }
-FOLDERED = ("xlora", "arrow")
+FOLDERED = ("xlora", "arrow", "meteora")
 
 
 def fitting(shapes, raw, *, foldered=False):

@@ -1,5 +1,7 @@
 """Adapters that other programs wrote: read, run, convert, written back, trained further."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,6 +10,9 @@ from flax import nnx
 
 import moe_lora_interop
 import moe_lora_jax as mlj
+from moe_lora_interop.checkpoint.directory import Directory
+from moe_lora_interop.dialects.registry import dialect_named, file_dialects
+from moe_lora_interop.rules.tensors import claim
 from tests.peers_data import ALL, READABLE, REFUSED, WITH_LOGITS, Peer
 
 LAYOUTS = {
@@ -17,8 +22,12 @@ LAYOUTS = {
     "arrow/arrow": "arrow",
     "coin/adapter": "coin",
     "coin/trainer": "coin",
+    "comol/core_router": "comol",
+    "comol/input_router": "comol",
     "hydralora/adapter": "hydralora",
     "loramoe/adapter": "loramoe",
+    "meteora/top1": "meteora",
+    "meteora/top2_T15": "meteora",
     "moe_peft/loramoe": "moe-peft-loramoe",
     "moe_peft/mixlora": "mixlora",
     "moe_peft/mola": "moe-peft-mola",
@@ -30,6 +39,14 @@ LAYOUTS = {
     "xlora/depth1_layerwise": "xlora",
     "xlora/depth2": "xlora",
     "xlora/depth2_topk": "xlora",
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*left out. ")  # MeteoRA's files have the whole base
+READ_ONLY = {"comol"}
+OPTIONS = {  # of other readers, so that they do not refuse because of a missing one
+    "mola": {"top_k": 1},
+    "peft-router": {"router_input": "hidden", "top_k": None},
+    "for-ai-molora": {"r": 4, "num_experts": 5},
+    "meteora": {"top_k": 1, "temperature": 1, "adapters": []},
 }
 named = pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 
@@ -52,7 +69,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 24
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 28
 
 
 @named
@@ -81,9 +98,79 @@ def test_through_native_and_back_to_its_own_layout_bit_for_bit(peer, tmp_path):
     native = moe_lora_interop.read(tmp_path / "native")
     assert_identical(native, adapter)
     layout = moe_lora_interop.detect(peer.directory)
+    if layout in READ_ONLY:
+        with pytest.raises(moe_lora_interop.CheckpointError, match=f"{layout} is read and not written"):
+            moe_lora_interop.write(native, tmp_path / "theirs", layout)
+        assert not (tmp_path / "theirs").exists()
+        return
     moe_lora_interop.write(native, tmp_path / "theirs", layout)
     assert moe_lora_interop.detect(tmp_path / "theirs") == layout
     assert_identical(moe_lora_interop.read(tmp_path / "theirs", **peer.options), adapter)
+
+
+def stored_tensors(directory, layout, options) -> dict[str, np.ndarray]:
+    """By their names in the files, without copies, dead tensors and those of the base."""
+    with Directory(directory) as opened:
+        stored = opened.stored(dialect_named(layout), options)
+        rules = dialect_named(layout).specialised(stored.raw).rules
+        kinds = {name: claim(rules, name, len(info.shape)) for name, info in stored.infos.items()}
+        return {n: np.asarray(t) for n, t in stored.tensors().items() if kinds[n] is not None and kinds[n].copy == ""}
+
+
+@named
+def test_written_back_the_tensors_have_the_peers_names_and_values(peer, tmp_path):
+    layout = moe_lora_interop.detect(peer.directory)
+    if layout in READ_ONLY:
+        return
+    moe_lora_interop.write(moe_lora_interop.read(peer.directory, **peer.options), tmp_path, layout)
+    found, expected = (stored_tensors(d, layout, peer.options) for d in (tmp_path, peer.directory))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+@named
+def test_no_other_reader_takes_it(peer):
+    for other in (d.name for d in file_dialects() if d.name != LAYOUTS[peer.name]):
+        with pytest.raises((moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError)):
+            moe_lora_interop.read(peer.directory, other, **OPTIONS.get(other, {}))
+
+
+def test_the_weights_of_the_base_that_lie_inside_are_checked_or_said(tmp_path):
+    peer = Peer("meteora/top1")
+    with pytest.warns(UserWarning, match="left out: lm_head.weight .* and 15 more. These belong to the base model"):
+        assert len(moe_lora_interop.read(peer.directory, **peer.options).base_tensors) == 21
+    base = mlj.load_base_model(peer.base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlj.load_adapter(base, peer.directory, **peer.options)  # equal to this base: nothing to say
+    other = mlj.load_base_model(peer.base)
+    norm = other.model.layers[1].input_layernorm
+    norm.weight.set_value(norm.weight[...] * 1.5)
+    with pytest.raises(moe_lora_interop.CheckpointError, match="layers.1.input_layernorm.weight: other values than"):
+        mlj.load_adapter(other, peer.directory, **peer.options)
+
+
+def test_where_the_task_folders_are(tmp_path):
+    peer = Peer("meteora/top1")
+    relative = peer.options | {"adapters": peer.provenance["read_options"]["adapters"]}  # to the checkpoint
+    assert_identical(*(moe_lora_interop.read(peer.directory, **o) for o in (relative, peer.options)))
+    for wrong, reason in (
+        ({"adapters": "../adapters/alpaca"}, "option adapters: found '../adapters/alpaca', expected a list of folders"),
+        ({"adapters": peer.options["adapters"][:4]}, "expected 12|expected"),
+        ({"adapters": ["../nowhere"] * 5}, "expected different folders"),
+        ({"adapters": [f"../nowhere{n}" for n in range(5)]}, "expert 0: .*nowhere0 is no directory"),
+    ):
+        with pytest.raises(moe_lora_interop.CheckpointError, match=reason):
+            moe_lora_interop.read(peer.directory, **peer.options | wrong)
+    with pytest.raises(moe_lora_interop.ConfigError) as error:
+        moe_lora_interop.read(peer.directory)
+    assert [p.split(":")[0] for p in error.value.problems] == ["option top_k", "option temperature", "option adapters"]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a model")
+    with pytest.raises(moe_lora_interop.CheckpointError, match="is a model's directory"):
+        moe_lora_interop.write(moe_lora_interop.read(peer.directory, **peer.options), tmp_path, "meteora")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"a model"
 
 
 @named

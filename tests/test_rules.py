@@ -299,7 +299,7 @@ def adapters(draw, rules):
         "layer": draw(st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True)),
         "j": range(draw(st.integers(1, 3))),
     }
-    stackable = all("expert" in r.stored.atoms for r in stored_rules if r.role == "lora_A")
+    stackable = all(("expert",) in r.stored.shape for r in stored_rules if r.role == "lora_A")
     shared = stackable and draw(st.booleans())
     modules, tensors, count = {}, {}, 0
     for rule in stored_rules:
@@ -335,7 +335,7 @@ def adapters(draw, rules):
     return tensors, modules, count
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", [name for name, dialect in DIALECTS.items() if not dialect.read_only])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_layout_gives_back_the_same_bits(name, data):
@@ -344,7 +344,8 @@ def test_every_layout_gives_back_the_same_bits(name, data):
     sizes = modules.__getitem__
     stored, problems = encode(rules, canonical, sizes)
     assert problems == []
-    assert len(stored) == count  # no two tensors under one name
+    own = [name for name, tensor in stored.items() if claim(rules, name, tensor.ndim).copy != "stale"]
+    assert len(own) == count  # no two tensors under one name
     before = {key: (tensor.shape, tensor.tobytes()) for key, tensor in canonical.items()}
     back, problems = decode(rules, dict(reversed(stored.items())), sizes)
     assert problems == []

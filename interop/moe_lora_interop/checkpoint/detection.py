@@ -37,16 +37,22 @@ def dialect_of(directory: Directory, name: str | None) -> Dialect:
 def _detected(directory: Directory) -> Dialect:
     known = file_dialects()
     in_folders = [d for d in known if d.folders is not None and directory.experts(d.folders) is not None]
-    candidates = in_folders or [d for d in known if d.folders is None]
-    in_one_file = None if in_folders else directory.stored()
+    own_file = [d for d in known if d.has_own_file and (directory.path / d.weights).is_file()]
+    if not in_folders and not directory.has_weights():
+        candidates = own_file
+    else:
+        candidates = in_folders or [d for d in known if d.folders is None and not d.has_own_file]
     reasons: dict[str, list[str]] = {}
     for dialect in candidates:
-        stored = in_one_file or directory.stored(dialect)
+        stored = directory.stored(dialect if dialect.folders is not None or dialect.has_own_file else None)
         shapes = {name: info.shape for name, info in stored.infos.items()}
-        reasons[dialect.name] = dialect.misfits(shapes, stored.raw)
-    fitting = [d for d in candidates if not reasons[d.name]]
+        if not dialect.has_own_file or dialect.claims_any(shapes):  # model.safetensors is mostly a model
+            reasons[dialect.name] = dialect.misfits(shapes, stored.raw)
+    fitting = [d for d in candidates if reasons.get(d.name) == []]
     if len(fitting) == 1:
         return fitting[0]
+    if not reasons:
+        directory.stored()  # says what is missing
     config = directory.path / files.CONFIG_NAME
     if not fitting and not in_folders and not config.exists():
         raise CheckpointError("not a checkpoint", [f"{config}: missing file"])

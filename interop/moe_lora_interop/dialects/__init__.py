@@ -3,11 +3,13 @@
 from moe_lora_interop.dialects.adamole import ADAMOLE, GOAT, MOLE
 from moe_lora_interop.dialects.arrow import ARROW
 from moe_lora_interop.dialects.coin import COIN
+from moe_lora_interop.dialects.comol import COMOL
 from moe_lora_interop.dialects.for_ai import FOR_AI_MOLORA
 from moe_lora_interop.dialects.hydralora import HYDRALORA
 from moe_lora_interop.dialects.lora import PLAIN_LORA
 from moe_lora_interop.dialects.loramoe import LORAMOE
 from moe_lora_interop.dialects.maxtext import MAXTEXT
+from moe_lora_interop.dialects.meteora import METEORA
 from moe_lora_interop.dialects.moe_peft import MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
 from moe_lora_interop.dialects.moelora import MOELORA
 from moe_lora_interop.dialects.mola import MOLA
@@ -34,6 +36,8 @@ FILE_DIALECTS = (
     POLY,
     MOELORA,
     COIN,
+    METEORA,
+    COMOL,
     XLORA,
     PEFT_ROUTER,
 )

@@ -24,11 +24,9 @@ class Unread(NamedTuple):
 
 
 UNREAD = (
-    Unread("CoMoL", "DCDmllm/CoMoL", peft_type="MoCoreLORA"),
     Unread("DynMoLE", "mikecovlee/DynMoLE", peft_type="DYNMOLE"),
     Unread("EWoRA", "huggingface/peft#3401", peft_type="EWORA"),
     Unread("LD-MoLE", "eshentw/LD-MoLE", field="sparsegen_cfg"),
-    Unread("MeteoRA", "NJUDeepEngine/meteora", key=".moe_gate.weight"),
     Unread("MTL-LoRA", "pUmpKin-Co/MTL-LoRA", file="checkpoint/final_checkpoint.pt"),
     Unread("X-LoRA's own program", "EricLBuehler/xlora; PEFT's X-LoRA is read", file="xlora_config.json"),
 )

@@ -51,7 +51,7 @@ XLORA = Dialect(
     ),
     measured={"hidden_size": ("router_0", 1)},
     ignore=INERT | {"use_trainable_adapters"},  # what was trained
-    folders=Folders("adapters", outside=True),
+    folders=Folders("adapters", outside=True, as_object=True),
     stride=("xlora_dropout_p", 2, 3),
     notes="one softmax router for the model on its last hidden state; unequal ranks and alphas; the order of modules "
     "in a layerwise router is not stored",

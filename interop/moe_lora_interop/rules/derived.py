@@ -1,0 +1,53 @@
+"""Tensors that a layout does not store as we do, computed from those that it stores.
+
+A rule only moves values. Where another program splits one of our tensors into factors, the product is computed here: in
+float64, given in float32, and only when the tensor is asked for. A product has no one way back, so that what has become
+one is read and not written.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_lora_interop.disk.lazy import Lazy, Tensor
+from moe_lora_interop.rules.tensors import Canonical
+
+Derive = Callable[[Canonical, Mapping[str, Any]], tuple[Canonical, list[str]]]
+"""(tensors as the rules give them, their config) -> (ours, what does not fit)."""
+
+
+def cores_into_b(tensors: Canonical, raw: Mapping[str, Any]) -> tuple[Canonical, list[str]]:
+    """CoMoL: y = B (sum_e p_e C_e)^T A x, so B_e = B C_e^T beside one A; with `core_router`, p = softmax(R A x)."""
+    found, problems = {slot: t for slot, t in tensors.items() if slot[1] != "core"}, []
+    for module in [module for module, role in tensors if role == "core"]:
+        roles = ("core", "lora_A", "lora_B", "router")
+        if any((module, role) not in tensors for role in roles):
+            continue  # said to be missing by whoever knows what the config implies
+        core, a, b, router = (tensors[module, role] for role in roles)
+        rank = a.shape[1]
+        expected = {"core": (core, (*core.shape[:1], rank, rank)), "lora_B": (b, (1, *b.shape[1:2], rank))}
+        if raw.get("core_router"):
+            expected["router"] = (router, (*router.shape[:1], rank))
+        wrong = [
+            f"{module} {role}: shape {list(t.shape)}, expected {list(shape)}"
+            for role, (t, shape) in expected.items()
+            if t.shape != shape
+        ]
+        problems += wrong
+        if wrong:
+            continue
+        found[module, "lora_A"] = computed(a.shape, lambda a: a, a)
+        found[module, "lora_B"] = computed((core.shape[0], b.shape[1], rank), lambda b, core: b @ core.mT, b, core)
+        if raw.get("core_router"):
+            found[module, "router"] = computed((router.shape[0], a.shape[2]), lambda r, a: r @ a[0], router, a)
+    return found, problems
+
+
+def computed(shape: tuple[int, ...], formula: Callable[..., np.ndarray], *tensors: Tensor) -> Lazy:
+    """What `formula` makes of these tensors."""
+
+    def read() -> np.ndarray:
+        return formula(*(np.asarray(t).astype(np.float64) for t in tensors)).astype(np.float32)
+
+    return Lazy(np.dtype(np.float32), shape, read)
