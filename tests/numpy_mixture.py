@@ -202,7 +202,8 @@ def decide(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token: z [expert] -> the scores p, which experts are kept, and g before routed_scaling_factor."""
     z = np.abs(z) if c.scoring_func == "abs_softmax" else z
-    p = sigmoid(z) if c.scoring_func == "sigmoid" else np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    softmax = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    p = {"sigmoid": sigmoid(z), "identity": z}.get(c.scoring_func, softmax)
     kept = np.ones(len(p), bool)
     if top_k is not None:
         kept[np.argsort(-z, kind="stable")[top_k:]] = False

@@ -127,6 +127,9 @@ CLASHES = [
     (dict(norm_topk_prob=False), "norm_topk_prob", "dense softmax"),
     (dict(norm_topk_prob=False, scoring_func="abs_softmax"), "norm_topk_prob", "dense softmax"),
     (dict(norm_topk_prob=False, top_k_pattern={"q": None}), "norm_topk_prob", "dense softmax"),
+    (dict(scoring_func="identity"), "norm_topk_prob", "signed scores"),
+    (dict(scoring_func="identity", norm_topk_prob=False, threshold=0.3), "threshold", "identity"),
+    (dict(scoring_func="identity", norm_topk_prob=False, router_aux_loss_coef=0.1), "router_aux_loss_coef", "identity"),
     (dict(target_modules="all-linear", layers_to_transform=1), "layers_to_transform", "string"),
     (dict(target_modules=".*q", layers_to_transform=[1], layers_pattern="layers"), "layers_pattern", "string"),
     (dict(target_modules=["q"], layers_pattern="layers"), "layers_pattern", "layers_to_transform"),
@@ -168,6 +171,8 @@ def test_fields_that_do_not_go_together_are_refused(fields, blamed, hint):
         dict(top_k=4, num_experts=4),
         dict(norm_topk_prob=False, top_k=2),
         dict(norm_topk_prob=False, scoring_func="sigmoid"),
+        dict(norm_topk_prob=False, scoring_func="identity"),
+        dict(norm_topk_prob=False, scoring_func="identity", top_k=2, router_z_loss_coef=0.1),
         dict(norm_topk_prob=False, threshold=0.3),
         dict(threshold=1, adaptive_threshold=True),
         dict(threshold=0.3, top_k_pattern={"q": None}),
@@ -226,7 +231,7 @@ def configs(draw):
         init_lora_weights=draw(st.booleans()),
         modules_to_save=draw(st.none() | _names),
         router_bias=draw(st.booleans()),
-        scoring_func=draw(st.sampled_from(["softmax", "abs_softmax", "sigmoid"])),
+        scoring_func=draw(st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity"])),
         router_temperature=draw(_alphas),
         norm_topk_prob=select != "top_k" or draw(st.booleans()),
         routed_scaling_factor=draw(_alphas),
@@ -245,6 +250,8 @@ def configs(draw):
         layers = st.integers(0, 99)
         fields["layers_to_transform"] = draw(layers | st.lists(layers, min_size=1, max_size=3))
         fields["layers_pattern"] = draw(st.none() | st.sampled_from(["layers", "h"]) | st.just(["h", "layers"]))
+    if fields["scoring_func"] == "identity":
+        fields |= dict(norm_topk_prob=False, threshold=None, adaptive_threshold=False, router_aux_loss_coef=0.0)
     return MoeLoraConfig(**fields)
 
 
@@ -491,6 +498,7 @@ def test_every_problem_of_every_module_is_named_and_the_others_are_still_there()
         dict(routed_scaling_factor=2.0),
         dict(scoring_func="sigmoid"),
         dict(scoring_func="sigmoid", norm_topk_prob=False),
+        dict(scoring_func="identity", norm_topk_prob=False),
     ],
     ids=label,
 )

@@ -183,6 +183,7 @@ REFUSED = {
     "threshold": ({"top_k": None, "threshold": 0.3}, "threshold: found 0.3"),
     "sigmoid": ({"scoring_func": "sigmoid"}, "scoring_func: found sigmoid, expected softmax"),
     "abs": ({"scoring_func": "abs_softmax"}, "scoring_func: found abs_softmax"),
+    "identity": ({"scoring_func": "identity", "norm_topk_prob": False}, "scoring_func: found identity"),
     "norm": ({"norm_topk_prob": False}, "norm_topk_prob: found false"),
     "factor": ({"routed_scaling_factor": 2.0}, "routed_scaling_factor: found 2.0, expected 1"),
     "linear": ({"scope": "linear"}, "scope: found linear, expected ffn"),

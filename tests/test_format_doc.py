@@ -53,6 +53,7 @@ def test_the_config_table_is_the_config():
         assert json.loads(default.strip("`")) == value, name
         assert allowed == field.metadata["words"], name
         assert len(meaning) > 8, name
+        assert meaning.startswith("added: ") == bool(field.metadata.get("added")), name
 
 
 def test_names_in_the_text_exist():

@@ -17,7 +17,7 @@ from tests.peers_data import Peer
 
 RULES = st.fixed_dictionaries(
     {
-        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid"]),
+        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity"]),
         "select": st.sampled_from([{}, {"top_k": 1}, {"top_k": 3}, {"threshold": 0.3}, {"threshold": 0.9}]),
         "adaptive_threshold": st.booleans(),
         "norm_topk_prob": st.booleans(),
@@ -31,7 +31,10 @@ RULES = st.fixed_dictionaries(
 def test_every_decision_is_the_formulas(rule, seed):
     select = rule.pop("select")
     rule["adaptive_threshold"] &= "threshold" in select
-    if not select and rule["scoring_func"] != "sigmoid":
+    if rule["scoring_func"] == "identity":
+        assume("threshold" not in select)
+        rule["norm_topk_prob"] = False
+    elif not select and rule["scoring_func"] != "sigmoid":
         rule["norm_topk_prob"] = True
     config = moe_lora_interop.MoeLoraConfig(num_experts=4, **rule, **select)
     rng = np.random.default_rng(seed)

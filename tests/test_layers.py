@@ -61,7 +61,7 @@ def expected_gates(layer, config, x):
     z = z / config.router_temperature
     if config.scoring_func == "abs_softmax":
         z = abs(z)
-    p = 1 / (1 + np.exp(-z)) if config.scoring_func == "sigmoid" else softmax(z)
+    p = {"sigmoid": 1 / (1 + np.exp(-z)), "identity": z}.get(config.scoring_func, softmax(z))
     keep, minus = np.ones(len(z), bool), 0.0
     if config.top_k is not None:
         keep = np.isin(np.arange(len(z)), np.argsort(-z, kind="stable")[: config.top_k])
@@ -116,6 +116,8 @@ KINDS = {
     "adaptive": dict(threshold=0.5, adaptive_threshold=True),
     "sigmoid": dict(scoring_func="sigmoid", norm_topk_prob=False, routed_scaling_factor=0.3),
     "abs_softmax": dict(scoring_func="abs_softmax", top_k=3),
+    "identity": dict(scoring_func="identity", norm_topk_prob=False),
+    "identity_top_2": dict(scoring_func="identity", norm_topk_prob=False, top_k=2),
     "temperature_and_bias": dict(router_temperature=2.5, router_bias=True),
     "shared_A": dict(shared_lora_A=True),
     "unequal": dict(r=[1, 4, 2, 3], lora_alpha=[1.0, 2.0, 30.0, 0.5]),

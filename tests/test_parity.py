@@ -26,6 +26,7 @@ CONFIGS = {
     "top_k_not_normalised": dict(top_k=2, norm_topk_prob=False, routed_scaling_factor=1.5),
     "sigmoid": dict(top_k=2, scoring_func="sigmoid", router_bias=True),
     "abs_softmax": dict(top_k=2, scoring_func="abs_softmax", router_temperature=0.7),
+    "identity": dict(top_k=2, scoring_func="identity", norm_topk_prob=False, router_bias=True),
     "threshold": dict(threshold=0.24),
     "adaptive": dict(threshold=0.4, adaptive_threshold=True),
     "shared_A": dict(shared_lora_A=True, use_rslora=True),

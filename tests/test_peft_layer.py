@@ -130,11 +130,12 @@ def test_gradients_equal_those_of_a_loop_over_experts(fields):
     if c.adaptive_threshold:
         threshold = wrapped.moe_lora_threshold["default"]
         tau = c.threshold * torch.sigmoid(x @ threshold.weight.T + threshold.bias)
-    p = {"softmax": z.softmax(-1), "abs_softmax": z.abs().softmax(-1), "sigmoid": z.sigmoid()}[c.scoring_func]
+    scores = {"softmax": z.softmax(-1), "abs_softmax": z.abs().softmax(-1), "sigmoid": z.sigmoid(), "identity": z}
+    p = scores[c.scoring_func]
     if c.top_k:
         keep = p >= p.sort(-1, descending=True).values[:, [c.top_k - 1]]
     else:
-        keep = p >= (0 if tau is None else tau)
+        keep = p >= (-torch.inf if tau is None else tau)
     g = (p - tau if c.adaptive_threshold else p) * keep
     if c.norm_topk_prob:
         g = g / g.sum(-1, keepdim=True).clamp_min(1e-300)

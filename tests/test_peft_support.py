@@ -73,12 +73,14 @@ SELECTIONS = {
 def _combinations() -> Iterator:
     """Every scoring x selection x norm that a config allows."""
     for scoring, (name, selection), norm in itertools.product(
-        ("softmax", "abs_softmax", "sigmoid"), SELECTIONS.items(), (True, False)
+        ("softmax", "abs_softmax", "sigmoid", "identity"), SELECTIONS.items(), (True, False)
     ):
         fields = {"scoring_func": scoring, "norm_topk_prob": norm, "num_experts": 4} | selection
         if scoring == "abs_softmax" and name == "adaptive":
             continue
-        if not norm and name == "dense" and scoring != "sigmoid":
+        if scoring == "identity" and (norm or "threshold" in selection):
+            continue
+        if not norm and name == "dense" and "softmax" in scoring:
             continue
         yield pytest.param(fields, id=f"{scoring}-{name}-{'norm' if norm else 'raw'}")
 
@@ -89,7 +91,9 @@ COMBINATIONS = list(_combinations())
 def gates_by_hand(z: np.ndarray, c: MoeLoraConfig, top_k: int | None, tau: float | None) -> np.ndarray:
     """One token: z [expert] -> g [expert], in float64."""
     score = np.abs(z) if c.scoring_func == "abs_softmax" else z
-    if c.scoring_func == "sigmoid":
+    if c.scoring_func == "identity":
+        p = score
+    elif c.scoring_func == "sigmoid":
         p = 1 / (1 + np.exp(-score))
     else:
         p = np.exp(score - score.max())

@@ -14,8 +14,10 @@ def test_statistics_equal_numpy_and_leave_padding_out():
     gates = np.random.default_rng(0).random((2, 4, 3)).astype(np.float32)
     gates[0, 0] = [0, 0, 2]  # weights need not sum to 1
     gates[0, 1] = 0  # nor be there at all
+    gates[1, 1] = [-1, 2, -3]  # nor be positive: an expert counts by how much it adds
     router = {"m": RouterOutput(*[jnp.asarray(gates)] * 4)}
     health = module_health(router_sums(router, jnp.asarray(MASK)))["m"]
+    gates = np.abs(gates)
     total = gates.sum(-1, keepdims=True)
     share = np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)[MASK > 0]
     entropy = -np.sum(np.where(share > 0, share * np.log(np.where(share > 0, share, 1)), 0), axis=-1)

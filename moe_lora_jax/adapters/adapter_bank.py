@@ -229,7 +229,11 @@ def _variable(owner: Any, path: tuple[Any, ...]) -> Any:
 
 def _differences(adapter: Adapter, config: Any, dtype: np.dtype) -> list[str]:
     ours, theirs = config.semantic_dict(), adapter.config.semantic_dict()
-    problems = [f"{n}: found {theirs[n]!r}, expected {ours[n]!r}" for n in ours if theirs[n] != ours[n]]
+    problems = [
+        f"{n}: found {getattr(adapter.config, n)!r}, expected {getattr(config, n)!r}"
+        for n in ours | theirs
+        if ours.get(n) != theirs.get(n)
+    ]
     if adapter.dtype != dtype:
         problems.append(f"dtype: found {adapter.dtype}, expected {dtype}")
     return problems

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 
+_SCORES = {"softmax": jax.nn.softmax, "abs_softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "identity": lambda z: z}
+
 
 class RouterOutput(NamedTuple):
     """One router's decision for every token; all of shape [..., expert], fp32 (`kept` is boolean).
@@ -43,7 +45,7 @@ class Gating:
 def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = None) -> RouterOutput:
     """Computes the gates.
 
-        p     = softmax(z) | softmax(|z|) | sigmoid(z)
+        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
         gates = softmax of log p over the kept                 norm_topk_prob, no adaptive threshold
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
@@ -57,8 +59,8 @@ def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = Non
         tau: the threshold, a number or [..., 1], or None.
     """
     z = jnp.abs(logits) if gating.scoring_func == "abs_softmax" else logits
-    is_softmax = gating.scoring_func != "sigmoid"
-    scores = jax.nn.softmax(z, axis=-1) if is_softmax else jax.nn.sigmoid(z)
+    is_softmax = "softmax" in gating.scoring_func
+    scores = _SCORES[gating.scoring_func](z)
     if gating.top_k is not None and gating.top_k < z.shape[-1]:
         kept = jnp.any(top_k_slots(z, gating.top_k), axis=-2)
     else:

@@ -31,10 +31,10 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, gates: jax.Array, top_k: int | None) -> "Slots":
-        """Slots for the k largest gates of every token; of equal ones the first."""
+        """Slots for the k largest gates of every token, whatever their signs; of equal ones the first."""
         if top_k is None or top_k >= gates.shape[-1]:
             return cls(gates, None)
-        chosen = top_k_slots(jax.lax.stop_gradient(gates), top_k)
+        chosen = top_k_slots(jnp.abs(jax.lax.stop_gradient(gates)), top_k)
         return cls(gates, jnp.moveaxis(chosen, -2, 0).astype(gates.dtype))
 
     def flat(self, x: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ COLLAPSED_SHARE = 0.95
 class RouterSums(NamedTuple):
     """One module's sums over some tokens, which add up over batches. On the device, from inside the step.
 
-    gates: [expert], sum of the gates, each token's divided by their sum.
+    gates: [expert], sum of the gates without their signs, each token's divided by their sum.
     entropy: sum over tokens of -sum_e g log g, nats.
     tokens: how many.
     """
@@ -41,7 +41,7 @@ def router_sums(router: Mapping[str, RouterOutput], mask: jax.Array) -> dict[str
     """
 
     def of_module(gates: jax.Array) -> RouterSums:
-        gates = gates.reshape(*mask.shape, -1, gates.shape[-1])
+        gates = jnp.abs(gates).reshape(*mask.shape, -1, gates.shape[-1])
         real = jnp.broadcast_to((mask > 0)[..., None], gates.shape[:-1]).astype(jnp.float32)
         total = jnp.sum(gates, axis=-1, keepdims=True)
         share = jax.lax.stop_gradient(gates / jnp.where(total > 0, total, 1.0))

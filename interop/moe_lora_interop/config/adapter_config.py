@@ -3,7 +3,7 @@
 The forward pass that a config describes, for a target linear layer W0 with experts e = 1..E:
 
     z      = (R x + b) / router_temperature                      router logits, fp32, [expert]
-    p      = softmax(z) | softmax(|z|) | sigmoid(z)              scoring_func
+    p      = softmax(z) | softmax(|z|) | sigmoid(z) | z          scoring_func
     keep   = all | the top_k largest p | p >= tau                tau = threshold, times sigmoid(w.x + c) if adaptive
     g      = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
     y      = W0 x + sum_e routed_scaling_factor * g_e * s_e * B_e A_e x
@@ -106,7 +106,8 @@ class MoeLoraConfig:
         mix: "outputs" or "weights" (arXiv:2202.13914).
         n_splits: parts of input and output with gates of their own, with mix = "weights" (arXiv:2211.03831).
         router_bias: whether the router has a bias b.
-        scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157) or "sigmoid".
+        scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157), "sigmoid", or "identity": the logits
+            themselves, which have a sign (needs norm_topk_prob False).
         router_temperature: divides the logits (and |logits|).
         top_k: experts kept per token; None keeps all (dense).
         threshold: keep experts with p >= threshold (MoLE); with adaptive_threshold it is the largest tau
@@ -163,7 +164,7 @@ class MoeLoraConfig:
     mix: str = field(default="outputs", metadata=one_of("outputs", "weights"))
     n_splits: int = field(default=1, metadata=integer(1))
     router_bias: bool = field(default=False, metadata=BOOL)
-    scoring_func: str = field(default="softmax", metadata=one_of("softmax", "abs_softmax", "sigmoid"))
+    scoring_func: str = field(default="softmax", metadata=one_of("softmax", "abs_softmax", "sigmoid", "identity"))
     router_temperature: float = field(default=1.0, metadata=POSITIVE)
     top_k: int | None = field(default=None, metadata=optional(integer(1), "null (dense) or "))
     threshold: float | None = field(default=None, metadata=optional(PROBABILITY))
@@ -285,8 +286,10 @@ class MoeLoraConfig:
         return dataclasses.replace(self, target_modules=names, **others, **patterns)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary of every field; the inverse of `from_dict`."""
-        return {f.name: _as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """JSON-ready dictionary, the inverse of `from_dict`: every field, but an `added` one only where it is not the
+        default."""
+        values = {f: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: _as_json(v) for f, v in values.items() if not (f.metadata.get("added") and v == f.default)}
 
     def semantic_dict(self) -> dict[str, Any]:
         """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""

@@ -4,16 +4,23 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 LARGEST = 2**16  # of ranks, experts, sizes: beyond any use, and small enough that nothing built from it explodes
 
 
 class Allowed(TypedDict):
-    """`holds` says whether a value is allowed, `words` which values are."""
+    """`holds` says whether a value is allowed, `words` which values are; `added`: see the function."""
 
     holds: Callable[[Any], bool]
     words: str
+    added: NotRequired[bool]
+
+
+def added(allowed: Allowed) -> Allowed:
+    """Of a field that the first files of the format's version do not have: files have it only where it is not the
+    default, so that what could be said before is written as before."""
+    return Allowed(**allowed, added=True)
 
 
 def integer(low: int) -> Allowed:

@@ -65,8 +65,20 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
         (adaptive_threshold and (scope == "model" or router_input != "hidden" or mix != "outputs"))
         and "found true, expected scope linear or ffn, router_input hidden and mix outputs with it"
     ),
+    lambda norm_topk_prob, scoring_func: (
+        (norm_topk_prob and scoring_func == "identity")
+        and "found true with scoring_func identity, expected false: signed scores are not divided by their sum"
+    ),
+    lambda threshold, scoring_func: (
+        (threshold is not None and scoring_func == "identity")
+        and f"found {threshold} with scoring_func identity, expected null or another score: it is one of probabilities"
+    ),
+    lambda router_aux_loss_coef, scoring_func: (
+        (router_aux_loss_coef > 0 and scoring_func == "identity")
+        and f"found {router_aux_loss_coef} with scoring_func identity, expected 0: signed scores are no probabilities"
+    ),
     lambda norm_topk_prob, scoring_func, threshold, top_k, top_k_pattern: (
-        (not norm_topk_prob and scoring_func != "sigmoid" and threshold is None and not _selects(top_k, top_k_pattern))
+        (not norm_topk_prob and "softmax" in scoring_func and threshold is None and not _selects(top_k, top_k_pattern))
         and "found false with a dense softmax, whose weights sum to 1 anyway; expected true, top_k or threshold"
     ),
     # target modules

@@ -39,7 +39,7 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
     Args:
         by_module: added to what is kept, where that differs by module.
     """
-    score = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)"}[rule.scoring_func]
+    scores = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)", "identity": "z"}
     if rule.top_k is not None:
         kept = f"the {rule.top_k} largest"
     elif rule.adaptive_threshold:
@@ -50,4 +50,4 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
         kept = "all"
     norm = ", divided by their sum" if rule.norm_topk_prob else ", not renormalised"
     factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
-    return f"p = {score}, keep {kept}{by_module}{norm}{factor}"
+    return f"p = {scores[rule.scoring_func]}, keep {kept}{by_module}{norm}{factor}"

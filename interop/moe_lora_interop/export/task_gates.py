@@ -14,7 +14,7 @@ def compute_gates(
 ) -> np.ndarray:
     """Weights g of the experts, times routed_scaling_factor: [..., expert], from logits z: [..., expert].
 
-        p = softmax(z) | softmax(|z|) | sigmoid(z)
+        p = softmax(z) | softmax(|z|) | sigmoid(z) | z
         g = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
 
     Args:
@@ -26,6 +26,8 @@ def compute_gates(
     z = np.abs(logits) if config.scoring_func == "abs_softmax" else logits
     if config.scoring_func == "sigmoid":
         score = np.exp(-np.logaddexp(0.0, -z))
+    elif config.scoring_func == "identity":
+        score = z
     else:
         exponential = np.exp(z - z.max(axis=-1, keepdims=True))
         score = exponential / exponential.sum(axis=-1, keepdims=True)

@@ -24,7 +24,7 @@ class RouterOutput(NamedTuple):
 def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor | float | None) -> RouterOutput:
     """Computes the gates.
 
-        p     = softmax(z) | softmax(|z|) | sigmoid(z)
+        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
         gates = softmax of z (or |z|) over the kept logits     softmax scores, norm_topk_prob, no adaptive threshold
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
@@ -40,8 +40,8 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
     """
     # |z| by selection: its derivative at 0 is 1, as jax.numpy.abs has it, where torch.abs has 0
     z = torch.where(logits >= 0, logits, -logits) if config.scoring_func == "abs_softmax" else logits
-    is_softmax = config.scoring_func != "sigmoid"
-    scores = z.softmax(-1) if is_softmax else z.sigmoid()
+    is_softmax = "softmax" in config.scoring_func
+    scores = z.softmax(-1) if is_softmax else z if config.scoring_func == "identity" else z.sigmoid()
     if top_k is not None:
         # by z, which orders like p but does not saturate; torch.topk breaks ties in no particular order
         order = z.sort(dim=-1, descending=True, stable=True).indices

@@ -29,10 +29,10 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, gates: Tensor, top_k: int | None, lead: torch.Size) -> "Slots":
-        """Slots for the k largest gates of every token; of equal ones the first."""
+        """Slots for the k largest gates of every token, whatever their signs; of equal ones the first."""
         if top_k is None or top_k >= gates.shape[-1]:
             return cls(gates, None, lead)
-        order = gates.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        order = gates.detach().abs().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
         return cls(gates, torch.nn.functional.one_hot(order.T, gates.shape[-1]).to(gates.dtype), lead)
 
     def flat(self, x: Tensor) -> Tensor:
