@@ -43,6 +43,11 @@ class Peer:
 
 
 ALL = [Peer(str(path.parent.relative_to(ROOT))) for path in sorted(ROOT.glob("**/provenance.json"))]
-REFUSED = [p for p in ALL if p.provenance.get("must_refuse") or p.provenance.get("may_refuse")]
+READ = {"xlora/depth2_scaling_pass"}  # may be refused
+STRICT = {"xlora_original/broken_names_prefix"}  # might be read, by leaving out what belongs to another adapter
+REFUSED = [
+    p for p in ALL if {"must_refuse", "may_refuse"} & {k for k, v in p.provenance.items() if v} or p.name in STRICT
+]
+REFUSED = [p for p in REFUSED if p.name not in READ]
 READABLE = [p for p in ALL if p not in REFUSED]
 WITH_LOGITS = [p for p in READABLE if (p.directory / "reference.npz").exists()]

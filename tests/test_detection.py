@@ -192,6 +192,14 @@ def xlora():
         yield from ((f"{key}.weight", shape), (f"{key}.bias", shape[:1]))
 
 
+def xlora_original():
+    for e in EXPERTS:
+        yield from ((f"{e}/internal_xlora_classifier.{name}.bias", (2048,)) for name in ("inner.0", "last"))
+    yield from in_folders()
+    for name, shape in (("inner.0", (2048, HIDDEN)), ("last", (LAYERS * 7 * E, 2048))):
+        yield from ((f"main/{name}.weight", shape), (f"main/{name}.bias", shape[:1]))
+
+
 def arrow():
     yield from in_folders()
     yield from ((f"main/{name}", shape) for name, shape in plain_lora())
@@ -239,9 +247,10 @@ MANIFESTS = {
     "lora": ("lora", plain_lora, LORA),
     "peft-router": ("peft-router", peft_router, LORA),
     "xlora": ("xlora", xlora, {"peft_type": "XLORA", "xlora_dropout_p": 0.2, "scaling_pass_value": 0.0}),
+    "xlora-original": ("xlora-original", xlora_original, {"xlora_depth": 2, "enable_relu_and_dropout": True}),
     "arrow": ("arrow", arrow, {**LORA, "arrow_config": {"use_gks": False}}),
 }
-FOLDERED = ("xlora", "arrow", "meteora")
+FOLDERED = ("xlora", "xlora-original", "arrow", "meteora")
 
 
 def fitting(shapes, raw, *, foldered=False):

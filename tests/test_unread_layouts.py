@@ -20,7 +20,6 @@ NAMES = {
     "ld_mole-softmax": "LD-MoLE",
     "ld_mole-sparsegen_attention": "LD-MoLE",
     "mtl_lora-mtl_lora": "MTL-LoRA",
-    "xlora_original-depth1": "X-LoRA's own program",
 }
 OPTIONS = {
     "mola": {"top_k": 1},

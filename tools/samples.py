@@ -18,6 +18,7 @@ SIZES = {"in": 8, "out": 12, "dim": 4, "unit": 6}
 _SIZES: dict[str, Any] = {"r": 2, "num_experts": 4, "lora_alpha": 4}
 _PLAIN_ATTENTION = {"num_experts_pattern": {r"self_attn\..*": 1}}
 _XLORA = {"router_depth": 2, "router_hidden_size": 6, "layerwise": True, "top_k": 2, "norm_topk_prob": False}
+_SIGNED = {"scoring_func": "identity", "norm_topk_prob": False, "scaling_pass_value": 0.3}
 # {layout: (preset or "", fields, modules of a layer)}
 SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "native": (
@@ -51,6 +52,7 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "coin": ("", {}, _ATTENTION),
     "meteora": ("mola", {"lora_alpha": [4, 1, 2, 3], "router_temperature": 1.5}, _ATTENTION),
     "xlora": ("xlora", {**_XLORA, "r": [1, 2, 3, 2], "routed_scaling_factor": 2.0}, _ATTENTION),
+    "xlora-original": ("xlora", {**_SIGNED, "r": [1, 2, 3, 2], "lora_alpha": [1, 2, 3, 4]}, _ATTENTION),
     "peft-router": ("xlora", {}, _ATTENTION),
     "lora": ("", {"num_experts": 1, "rank_pattern": {"v_proj": 3}}, _ATTENTION),
 }

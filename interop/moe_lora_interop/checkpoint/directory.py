@@ -129,7 +129,14 @@ class Directory(ExitStack):
             return None
         return self._named(folders, lookup(self._config(path), folders.listed_in, None), path)
 
-    def _named(self, folders: Folders, listed: Any, where: Path) -> dict[str, Path] | None:
+    def names_experts(self, folders: Folders) -> bool:
+        """Whether there is a main config that names experts, rightly or not."""
+        path = self._look(self.path / folders.main / folders.config)
+        if folders.by_option or not path.is_file():
+            return False
+        return isinstance(lookup(self._config(path), folders.listed_in, None), list | Mapping)
+
+    def _named(self, folders: Folders, listed: Any, where: Path, *, given: bool = False) -> dict[str, Path] | None:
         """{expert number: folder}; None for what is no list of any kind."""
         if isinstance(listed, Mapping):
             named = {str(n): name for n, name in listed.items()}
@@ -139,8 +146,7 @@ class Directory(ExitStack):
             return None
         # whoever gives an option may name any folder; a file that was downloaded may not
         wrong = len(named) > limits.FOLDERS or any(
-            not isinstance(p, str) or (os.path.isabs(p) and not folders.by_option) or not p.isprintable()
-            for p in named.values()
+            not isinstance(p, str) or (os.path.isabs(p) and not given) or not p.isprintable() for p in named.values()
         )
         if wrong or sorted(named, key=lambda n: (len(n), n)) != [str(n) for n in range(len(named))]:
             problem = (
@@ -150,8 +156,9 @@ class Directory(ExitStack):
             raise CheckpointError(f"{where} does not name its experts", [problem])
         places = {os.path.realpath(self.path / name) for name in named.values()}
         inside = os.path.join(os.path.realpath(self.path), "")
-        if len(places) < len(named) or not (folders.outside or all(place.startswith(inside) for place in places)):
-            there = "" if folders.outside else f" inside {self.path}"
+        anywhere = folders.outside or given
+        if len(places) < len(named) or not (anywhere or all(place.startswith(inside) for place in places)):
+            there = "" if anywhere else f" inside {self.path}"
             problem = f"{folders.listed_in}: found {listed!r}, expected different folders{there}"
             raise CheckpointError(f"{where} does not name its experts", [problem])
         return {n: self.path / name for n, name in named.items()}
@@ -160,7 +167,8 @@ class Directory(ExitStack):
         main = self.path / folders.main
         if folders.by_option:
             return self._configs_by_option(folders, options), {"main/": self._own_file(folders.weights)}
-        found = self.experts(folders)
+        given = options.get(folders.listed_in)
+        found = self.experts(folders) if given is None else self._named(folders, given, self.path, given=True)
         if found is None:
             problem = f"{main / folders.config}: no {folders.listed_in} that names the experts"
             raise CheckpointError("not a checkpoint", [problem])
@@ -183,7 +191,7 @@ class Directory(ExitStack):
         name = folders.listed_in
         if name not in options:
             return {}
-        found = self._named(folders, options[name], self.path)
+        found = self._named(folders, options[name], self.path, given=True)
         if found is None:
             problem = f"option {name}: found {options[name]!r}, expected a list of folders"
             raise CheckpointError("invalid options", [problem])

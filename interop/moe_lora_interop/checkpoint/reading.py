@@ -45,7 +45,7 @@ class Reading:
 
     def __init__(self, directory: Directory, layout: str | None, options: Mapping[str, Any]):
         """Raises CheckpointError: not in this layout (None: in none that is known), or a part of it is unreadable."""
-        found = dialect_of(directory, layout)
+        found = dialect_of(directory, layout, options)
         self._path, self._options = directory.path, options
         self.stored = directory.stored(found, options)
         self.dialect = found.specialised(self.stored.raw)

@@ -17,6 +17,7 @@ from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.dialects.peft_router import PEFT_ROUTER
 from moe_lora_interop.dialects.poly import POLY
 from moe_lora_interop.dialects.xlora import XLORA
+from moe_lora_interop.dialects.xlora_original import XLORA_ORIGINAL
 
 FILE_DIALECTS = (
     NATIVE,
@@ -39,6 +40,7 @@ FILE_DIALECTS = (
     METEORA,
     COMOL,
     XLORA,
+    XLORA_ORIGINAL,
     PEFT_ROUTER,
 )
 

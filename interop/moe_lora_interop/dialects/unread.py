@@ -28,7 +28,6 @@ UNREAD = (
     Unread("EWoRA", "huggingface/peft#3401", peft_type="EWORA"),
     Unread("LD-MoLE", "eshentw/LD-MoLE", field="sparsegen_cfg"),
     Unread("MTL-LoRA", "pUmpKin-Co/MTL-LoRA", file="checkpoint/final_checkpoint.pt"),
-    Unread("X-LoRA's own program", "EricLBuehler/xlora; PEFT's X-LoRA is read", file="xlora_config.json"),
 )
 
 

@@ -5,7 +5,10 @@ float64, given in float32, and only when the tensor is asked for. A product has 
 one is read and not written.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +45,34 @@ def cores_into_b(tensors: Canonical, raw: Mapping[str, Any]) -> tuple[Canonical,
         if raw.get("core_router"):
             found[module, "router"] = computed((router.shape[0], a.shape[2]), lambda r, a: r @ a[0], router, a)
     return found, problems
+
+
+def layers_into_one(tensors: Canonical, raw: Mapping[str, Any]) -> tuple[Canonical, list[str]]:
+    """X-LoRA's classifier without an activation between its layers, z = W_n (... (W_0 h + b_0) ...) + b_n, as one."""
+    if raw.get("enable_relu_and_dropout") is not False:
+        return tensors, []
+    weights, biases = (
+        [tensors[slot] for slot in sorted(tensors, key=str) if slot[0] == "" and re.fullmatch(rf"{role}_\d+", slot[1])]
+        for role in ("router", "router_bias")
+    )
+    sizes = [(w.shape[1], w.shape[0]) for w in weights]
+    fits = all(before[1] == after[0] for before, after in pairwise(sizes))
+    if len(weights) != raw.get("xlora_depth") or len(biases) not in (0, len(weights)) or not fits:
+        layers = f"{len(weights)} weights of in, out = {sizes} and {len(biases)} biases"
+        return tensors, [f"(model) router: found {layers}, expected xlora_depth = {raw.get('xlora_depth')} layers"]
+    found = {slot: tensor for slot, tensor in tensors.items() if slot[0]}
+
+    def weight(*weights: np.ndarray) -> np.ndarray:
+        return reduce(lambda before, after: after @ before, weights)
+
+    def bias(*layers: np.ndarray) -> np.ndarray:
+        pairs = zip(layers[: len(weights)], layers[len(weights) :], strict=True)
+        return reduce(lambda before, layer: layer[0] @ before + layer[1], pairs, np.zeros(sizes[0][0]))
+
+    found["", "router_0"] = computed((sizes[-1][1], sizes[0][0]), weight, *weights)
+    if biases:
+        found["", "router_bias_0"] = computed((sizes[-1][1],), bias, *weights, *biases)
+    return found, []
 
 
 def computed(shape: tuple[int, ...], formula: Callable[..., np.ndarray], *tensors: Tensor) -> Lazy:

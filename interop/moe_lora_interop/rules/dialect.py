@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_lora_interop.config.allowed import LARGEST
 from moe_lora_interop.rules.codecs import SAME, Codec
 from moe_lora_interop.rules.derived import Derive
 from moe_lora_interop.rules.tensors import Rule, claim
@@ -123,6 +124,7 @@ class Dialect:
         derive: computes our tensors from what `rules` make of the stored ones, where these are not ours themselves (see
             `derived`).
         read_only: why the layout cannot be written; "" if it can.
+        depth: their field with the number of a router's layers; `{last}` in a rule is the number of the last one.
         stride: (their field, stride if it is zero or absent, stride otherwise) for `{j*stride}` in a key.
         config_file: whether there is an adapter_config.json.
         metadata: what a save writes into the header of .safetensors.
@@ -150,6 +152,7 @@ class Dialect:
     folders: Folders | None = None
     derive: Derive | None = None
     read_only: str = ""
+    depth: str = ""
     stride: tuple[str, int, int] | None = None
     config_file: bool = True
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
@@ -165,12 +168,19 @@ class Dialect:
         return not in_folders and not self.weights.startswith("adapter_model.")
 
     def specialised(self, raw: Mapping[str, Any]) -> "Dialect":
-        """The same table with `{j*stride}` resolved by their config."""
+        """The same table with `{j*stride}` and `{last}` resolved by their config."""
         if self.stride is None:
             return self
         name, without, otherwise = self.stride
         factor = otherwise if raw.get(name) else without
-        rules = tuple(dataclasses.replace(r, key=re.sub(r"\*stride}", f"*{factor}}}", r.key)) for r in self.rules)
+        depth = raw.get(self.depth)
+        last = depth - 1 if isinstance(depth, int) and 0 < depth < LARGEST else 0  # what is wrong, `fields` say
+        rules = tuple(
+            dataclasses.replace(
+                rule, key=re.sub(r"\*stride}", f"*{factor}}}", rule.key), role=rule.role.replace("{last}", str(last))
+            )
+            for rule in self.rules
+        )
         return dataclasses.replace(self, rules=rules, stride=None)
 
     def const_problems(self, raw: Mapping[str, Any]) -> list[str]:

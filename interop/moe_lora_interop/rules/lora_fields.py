@@ -95,9 +95,17 @@ def activation_problem(value: Any) -> str:
     return "its experts use this instead of the base's activation; if the base has the same one, set act_fn to null"
 
 
+def whole_batch_problem(value: Any) -> str:
+    """X-LoRA's own second softmax; PEFT's is one of each token's scores."""
+    if not value:
+        return ""
+    return "which is one softmax over every kept score of a batch: a token's gates depend on all other tokens"
+
+
 # Why a value of an ignored field may not be ignored; "" if it may.
 CHECKED: Mapping[str, Callable[[Any], str]] = {
     "init_lora_weights": init_problem,
     "init_weights": init_problem,
     "act_fn": activation_problem,
+    "enable_softmax_topk": whole_batch_problem,
 }
