@@ -159,6 +159,23 @@ def comol():
         yield from ((f"{m}.lora_Cores.{e}", (R, R)) for e in EXPERTS)
 
 
+def mtl_lora():
+    for layer, path, i, o in linears():
+        m = f"model.layers.{layer}.{path}"
+        yield from ((f"{m}.lora_A", (1, R, i)), (f"{m}.lora_B", (3, o, R)), (f"{m}.lora_B_w", (8, 3)))
+        yield f"{m}.lora_lambdas", (8, R, R) if layer % 2 else (8, R)
+
+
+def mtl_moelora():
+    for layer, path, i, o in linears():
+        m = f"model.layers.{layer}.{path}"
+        yield from ((f"{m}.lora_task_embedding.weight", (17, 64)), (f"{m}.lora_gate.GateL.weight", (E, 64)))
+        for e in EXPERTS:
+            for tail in (".mlp.weight", ".weight"):
+                yield f"{m}.lora_A.loraA.{e}{tail}", (R // 4, i)
+                yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
+
+
 def meteora():
     for layer, path, i, o in linears():
         m = f"main/{PEFT}.{layer}.{path}"
@@ -244,6 +261,8 @@ MANIFESTS = {
     "coin": ("coin", coin, {"peft_type": "MOE_LORA_CoIN", "bias": "none"}),
     "comol": ("comol", comol, {"peft_type": "MoCoreLORA", "bias": "none", "core_router": True}),
     "meteora": ("meteora", meteora, {}),
+    "mtl-lora": ("mtl-lora", mtl_lora, {}),
+    "mtl-moelora": ("mtl-moelora", mtl_moelora, {}),
     "lora": ("lora", plain_lora, LORA),
     "peft-router": ("peft-router", peft_router, LORA),
     "xlora": ("xlora", xlora, {"peft_type": "XLORA", "xlora_dropout_p": 0.2, "scaling_pass_value": 0.0}),

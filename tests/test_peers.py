@@ -36,6 +36,9 @@ LAYOUTS = {
     "moe_peft/mola": "moe-peft-mola",
     "moelora/adapter": "moelora",
     "mola/adapter": "mola",
+    "mtl_lora/moelora_per_layer": "mtl-moelora",
+    "mtl_lora/mtl_lora": "mtl-lora",
+    "mtl_lora/mtl_lora_diagonal": "mtl-lora",
     "poly/mhr_splits2": "poly",
     "poly/poly": "poly",
     "seed_style/all_experts": "peft-router",
@@ -53,12 +56,14 @@ LAYOUTS = {
     "xlora_original/scaling_pass": "xlora-original",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*left out. ")  # MeteoRA's files have the whole base
-READ_ONLY = {"comol"}
+READ_ONLY = {"comol", "mtl-lora", "mtl-moelora"}
 OPTIONS = {  # of other readers, so that they do not refuse because of a missing one
     "mola": {"top_k": 1},
     "peft-router": {"router_input": "hidden", "top_k": None},
     "for-ai-molora": {"r": 4, "num_experts": 5},
     "meteora": {"top_k": 1, "temperature": 1, "adapters": []},
+    "mtl-lora": {"lora_alpha": 1, "temperature": 1},
+    "mtl-moelora": {"lora_alpha": 1},
 }
 named = pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 
@@ -81,7 +86,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 39
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 42
 
 
 @named

@@ -19,13 +19,14 @@ NAMES = {
     "ewora-rank_pattern": "EWoRA",
     "ld_mole-softmax": "LD-MoLE",
     "ld_mole-sparsegen_attention": "LD-MoLE",
-    "mtl_lora-mtl_lora": "MTL-LoRA",
 }
 OPTIONS = {
     "mola": {"top_k": 1},
     "peft-router": {"router_input": "hidden", "top_k": None},
     "for-ai-molora": {"r": 4, "num_experts": 5},
     "meteora": {"top_k": 1, "temperature": 1, "adapters": []},
+    "mtl-lora": {"lora_alpha": 1, "temperature": 1},
+    "mtl-moelora": {"lora_alpha": 1},
 }
 ERRORS = (moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError)
 every = pytest.mark.parametrize("case", NAMES)

@@ -145,7 +145,7 @@ class Reading:
         """Ours, where the layout stores others."""
         if self.dialect.derive is None:
             return tensors
-        found, misfits = self.dialect.derive(tensors, self.stored.raw)
+        found, misfits = self.dialect.derive(tensors, {**self.stored.raw, **self._options})
         problems += misfits
         return found
 

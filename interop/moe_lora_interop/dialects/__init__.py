@@ -13,6 +13,7 @@ from moe_lora_interop.dialects.meteora import METEORA
 from moe_lora_interop.dialects.moe_peft import MIXLORA, MIXLORA_LEGACY, MOE_PEFT_LORAMOE, MOE_PEFT_MOLA
 from moe_lora_interop.dialects.moelora import MOELORA
 from moe_lora_interop.dialects.mola import MOLA
+from moe_lora_interop.dialects.mtl_lora import MTL_LORA, MTL_MOELORA
 from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.dialects.peft_router import PEFT_ROUTER
 from moe_lora_interop.dialects.poly import POLY
@@ -39,6 +40,8 @@ FILE_DIALECTS = (
     COIN,
     METEORA,
     COMOL,
+    MTL_LORA,
+    MTL_MOELORA,
     XLORA,
     XLORA_ORIGINAL,
     PEFT_ROUTER,

@@ -27,7 +27,6 @@ UNREAD = (
     Unread("DynMoLE", "mikecovlee/DynMoLE", peft_type="DYNMOLE"),
     Unread("EWoRA", "huggingface/peft#3401", peft_type="EWORA"),
     Unread("LD-MoLE", "eshentw/LD-MoLE", field="sparsegen_cfg"),
-    Unread("MTL-LoRA", "pUmpKin-Co/MTL-LoRA", file="checkpoint/final_checkpoint.pt"),
 )
 
 

@@ -42,6 +42,11 @@ def config_of(
     problems = [*_unknown_fields(dialect, raw), *problems]
     if dialect.experts_from_tensors:
         _count_experts(tensors, modules, ours)
+    for name, (role, axis) in dialect.counted.items():
+        sizes = {t.shape[axis] for (_, found), t in tensors.items() if found == role}
+        ours |= dict.fromkeys([name] if sizes else [], max(sizes, default=0))
+        if len(sizes) > 1:
+            problems.append(f"{name}: the tensors say {sorted(sizes)}, expected one number for all modules")
     problems += [
         f"{name}: found {raw.get(name)!r}, the tensors say {tensors['', role].shape[axis]}"
         for name, (role, axis) in dialect.measured.items()

@@ -118,6 +118,7 @@ class Dialect:
         options: what the layout does not record.
         plain: whether a module without a router is plain LoRA (otherwise it is incomplete).
         experts_from_tensors: whether num_experts is counted in the tensors.
+        counted: {our field: (role, axis)}: sizes that only the tensors say; the same in every module.
         weights: file name written; of adapter_model, .safetensors and .bin are both read.
         measured: {their field: (role, axis)}: sizes that their config repeats from the tensors.
         folders: where the experts are, if not in the same file.
@@ -147,6 +148,7 @@ class Dialect:
     options: tuple[Option, ...] = ()
     plain: bool = False
     experts_from_tensors: bool = False
+    counted: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     weights: str = "adapter_model.safetensors"
     measured: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     folders: Folders | None = None

@@ -35,6 +35,10 @@ ROLES = {
     "router_bias_{j}": "unit",
     # of layouts that have them in place of ours (`derived`)
     "core": "expert rank code",
+    "up": "unit out rank",
+    "up_logits": "task unit",
+    "task_matrix": "task rank code",
+    "task_diagonal": "task rank",
 }
 # `logit` counts a router's outputs: the experts, times splits or layers where there are any; `one` has size 1.
 AXES = frozenset("expert rank code in out layer one logit unit split task dim head".split())
