@@ -35,13 +35,14 @@ class NumpyMixture:
         self.model_gates = None
         self.task = task
         if c.scope == "model" and self.routed:
+            groups = len(c.module_order) if c.layerwise else c.n_splits
             if c.router_input == "hidden":
-                self.is_on = False
+                gate = c.scaling_pass_value * c.routed_scaling_factor
+                self.is_on, self.model_gates = gate != 0, np.full((len(ids), groups, c.num_experts), gate)
                 inputs = self._hidden(ids)
                 self.is_on = True
             else:
                 inputs = np.stack([self._task_row("", task)] * len(ids))
-            groups = len(c.module_order) if c.layerwise else c.n_splits
             logits = np.stack([self._mlp(x) for x in inputs]) / c.router_temperature
             top_k = c.for_module("").top_k
             z = logits.reshape(len(ids), groups, c.num_experts)

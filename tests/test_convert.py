@@ -133,4 +133,4 @@ def test_layouts_lists_every_layout(capsys, monkeypatch):
 @pytest.mark.parametrize("dialect", file_dialects(), ids=lambda d: d.name)
 def test_every_layout_says_what_it_cannot_express(dialect):
     described = describe(dialect)
-    assert described["notes"] and described["source"] and described["file"].startswith("adapter_model.")
+    assert described["notes"] and described["source"] and "." in described["file"]

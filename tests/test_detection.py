@@ -142,6 +142,54 @@ def moelora():
                 yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
 
 
+def coin():
+    for layer, path, i, o in linears():
+        m = f"{PEFT}.{layer}.{path}"
+        yield f"{m}.lora_router.weight", (E, i)
+        for e in EXPERTS:
+            for tail in (".mlp.weight", ".weight"):
+                yield f"{m}.lora_A.loraA.{e}{tail}", (R // 4, i)
+                yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
+
+
+def comol():
+    for layer, path, i, o in linears():
+        m = f"{PEFT}.{layer}.{path}"
+        yield from ((f"{m}.lora_A.weight", (R, i)), (f"{m}.lora_B.weight", (o, R)), (f"{m}.lora_router.weight", (E, R)))
+        yield from ((f"{m}.lora_Cores.{e}", (R, R)) for e in EXPERTS)
+
+
+def mtl_lora():
+    for layer, path, i, o in linears():
+        m = f"model.layers.{layer}.{path}"
+        yield from ((f"{m}.lora_A", (1, R, i)), (f"{m}.lora_B", (3, o, R)), (f"{m}.lora_B_w", (8, 3)))
+        yield f"{m}.lora_lambdas", (8, R, R) if layer % 2 else (8, R)
+
+
+def mtl_moelora():
+    for layer, path, i, o in linears():
+        m = f"model.layers.{layer}.{path}"
+        yield from ((f"{m}.lora_task_embedding.weight", (17, 64)), (f"{m}.lora_gate.GateL.weight", (E, 64)))
+        for e in EXPERTS:
+            for tail in (".mlp.weight", ".weight"):
+                yield f"{m}.lora_A.loraA.{e}{tail}", (R // 4, i)
+                yield f"{m}.lora_B.loraB.{e}{tail}", (o, R // 4)
+
+
+def meteora():
+    for layer, path, i, o in linears():
+        m = f"main/{PEFT}.{layer}.{path}"
+        yield f"{m}.base_layer.weight", (o, i)
+        yield f"{m}.lora_A.weight", (E * R, i)
+        yield f"{m}.lora_B.weight", (o, E * R)
+        yield f"{m}.moe_gate.weight", (E, i)
+    for layer in range(LAYERS):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"main/{PEFT}.{layer}.{norm}.weight", (HIDDEN,)
+    yield "main/base_model.model.model.norm.weight", (HIDDEN,)
+    yield from ((f"main/base_model.model.{name}.weight", (32000, HIDDEN)) for name in ("model.embed_tokens", "lm_head"))
+
+
 def plain_lora():
     for layer, path, i, o in linears():
         m = f"{PEFT}.{layer}.{path}"
@@ -159,6 +207,14 @@ def xlora():
     for j, shape in ((0, (2048, HIDDEN)), (3, (LAYERS * 7 * E, 2048))):  # layer 3: a dropout layer between
         key = f"main/base_model.internal_xlora_classifier.layers.{j}"
         yield from ((f"{key}.weight", shape), (f"{key}.bias", shape[:1]))
+
+
+def xlora_original():
+    for e in EXPERTS:
+        yield from ((f"{e}/internal_xlora_classifier.{name}.bias", (2048,)) for name in ("inner.0", "last"))
+    yield from in_folders()
+    for name, shape in (("inner.0", (2048, HIDDEN)), ("last", (LAYERS * 7 * E, 2048))):
+        yield from ((f"main/{name}.weight", shape), (f"main/{name}.bias", shape[:1]))
 
 
 def arrow():
@@ -214,13 +270,19 @@ MANIFESTS = {
     "poly": ("poly", lambda: poly(1), {"peft_type": "POLY", "poly_type": "poly"}),
     "mhr": ("poly", lambda: poly(4), {"peft_type": "POLY", "poly_type": "poly"}),
     "moelora": ("moelora", moelora, {"peft_type": "MMOELORAS", "bias": "none"}),
+    "coin": ("coin", coin, {"peft_type": "MOE_LORA_CoIN", "bias": "none"}),
+    "comol": ("comol", comol, {"peft_type": "MoCoreLORA", "bias": "none", "core_router": True}),
+    "meteora": ("meteora", meteora, {}),
+    "mtl-lora": ("mtl-lora", mtl_lora, {}),
+    "mtl-moelora": ("mtl-moelora", mtl_moelora, {}),
     "lora": ("lora", plain_lora, LORA),
     "peft-router": ("peft-router", peft_router, LORA),
     "ewora": ("ewora", ewora, {"peft_type": "EWORA", "bias": "none"}),
     "xlora": ("xlora", xlora, {"peft_type": "XLORA", "xlora_dropout_p": 0.2, "scaling_pass_value": 0.0}),
+    "xlora-original": ("xlora-original", xlora_original, {"xlora_depth": 2, "enable_relu_and_dropout": True}),
     "arrow": ("arrow", arrow, {**LORA, "arrow_config": {"use_gks": False}}),
 }
-FOLDERED = ("xlora", "arrow")
+FOLDERED = ("xlora", "xlora-original", "arrow", "meteora")
 
 
 def fitting(shapes, raw, *, foldered=False):

@@ -58,7 +58,7 @@ every_native_golden = pytest.mark.parametrize("golden", OURS, indirect=True)
 
 def test_there_is_one_for_every_layout_and_variant():
     layouts = {Path(name).name for name in NAMES if name.startswith("layouts/")} | {"native"}
-    assert layouts == {dialect.name for dialect in moe_lora_interop.dialects.registry.file_dialects()}
+    assert layouts == {d.name for d in moe_lora_interop.dialects.registry.file_dialects() if not d.read_only}
     assert {Path(name).name for name in OURS} == NATIVE.keys()
 
 

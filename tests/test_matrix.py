@@ -3,12 +3,13 @@
 import pytest
 
 import moe_lora_interop
-from moe_lora_interop.dialects.registry import file_dialects
+from moe_lora_interop.dialects.registry import dialect_named, file_dialects
 from tests.peers_data import READABLE
 from tools import conversion_matrix as matrix
 from tools.conversion_matrix import Cell, convert_once, details, table
 from tools.samples import SAMPLES, sample
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*left out. ")  # MeteoRA's files have the whole base
 # Writing needs a codec that does not exist for these values: codecs raise TypeError instead of naming the field.
 
 
@@ -17,8 +18,8 @@ def no_fsync(monkeypatch):
     monkeypatch.setattr("moe_lora_interop.disk.atomic._sync", lambda path: None)
 
 
-def test_every_layout_has_a_sample():
-    assert SAMPLES.keys() == {d.name for d in file_dialects()}
+def test_every_layout_that_is_written_has_a_sample():
+    assert SAMPLES.keys() == {d.name for d in file_dialects() if not d.read_only}
 
 
 @pytest.mark.parametrize("layout", SAMPLES)
@@ -31,7 +32,9 @@ def test_each_layout_converts_to_itself_and_to_native_exactly(layout):
 @pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 def test_each_peer_converts_to_its_own_layout_exactly(peer):
     adapter = moe_lora_interop.read(peer.directory, **peer.options)
-    assert convert_once(adapter, moe_lora_interop.detect(peer.directory)) == Cell("exact")
+    layout = moe_lora_interop.detect(peer.directory)
+    read_only = Cell("impossible", (f"{layout} is read and not written",))
+    assert convert_once(adapter, layout) == (read_only if dialect_named(layout).read_only else Cell("exact"))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ CONFIGS = {
     "sigmoid": dict(top_k=2, scoring_func="sigmoid", router_bias=True),
     "abs_softmax": dict(top_k=2, scoring_func="abs_softmax", router_temperature=0.7),
     "identity": dict(top_k=2, scoring_func="identity", norm_topk_prob=False, router_bias=True),
+    "first_pass": dict(scope="model", scaling_pass_value=0.4, routed_scaling_factor=1.5, router_bias=True),
     "threshold": dict(threshold=0.24),
     "adaptive": dict(threshold=0.4, adaptive_threshold=True),
     "shared_A": dict(shared_lora_A=True, use_rslora=True),

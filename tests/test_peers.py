@@ -1,5 +1,9 @@
 """Adapters that other programs wrote: read, run, convert, written back, trained further."""
 
+import json
+import shutil
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,8 +12,11 @@ from flax import nnx
 
 import moe_lora_interop
 import moe_lora_jax as mlj
+from moe_lora_interop.checkpoint.directory import Directory
 from moe_lora_interop.config.stuck_routers import stuck_routers
-from moe_lora_interop.dialects.registry import file_dialects
+from moe_lora_interop.dialects.registry import dialect_named, file_dialects
+from moe_lora_interop.disk import files, torch_files
+from moe_lora_interop.rules.tensors import claim
 from tests.peers_data import ALL, READABLE, REFUSED, WITH_LOGITS, Peer
 
 LAYOUTS = {
@@ -22,25 +29,48 @@ LAYOUTS = {
     "dynmole/tsallis_q2": "dynmole",
     "ewora/ewora": "ewora",
     "ewora/rank_pattern": "ewora",
+    "coin/adapter": "coin",
+    "coin/trainer": "coin",
+    "comol/core_router": "comol",
+    "comol/input_router": "comol",
     "hydralora/adapter": "hydralora",
     "ld_mole/softmax": "loramoe",
     "loramoe/adapter": "loramoe",
+    "meteora/top1": "meteora",
+    "meteora/top2_T15": "meteora",
     "moe_peft/loramoe": "moe-peft-loramoe",
     "moe_peft/mixlora": "mixlora",
     "moe_peft/mola": "moe-peft-mola",
     "moelora/adapter": "moelora",
     "mola/adapter": "mola",
+    "mtl_lora/moelora_per_layer": "mtl-moelora",
+    "mtl_lora/mtl_lora": "mtl-lora",
+    "mtl_lora/mtl_lora_diagonal": "mtl-lora",
     "poly/mhr_splits2": "poly",
     "poly/poly": "poly",
     "seed_style/all_experts": "peft-router",
     "xlora/depth1_layerwise": "xlora",
     "xlora/depth2": "xlora",
+    "xlora/depth2_scaling_pass": "xlora",
     "xlora/depth2_topk": "xlora",
+    "xlora_original/depth1": "xlora-original",
+    "xlora_original/depth1_layerwise": "xlora-original",
+    "xlora_original/depth2_nosoftmax": "xlora-original",
+    "xlora_original/depth2_nosoftmax_topk": "xlora-original",
+    "xlora_original/depth2_topk": "xlora-original",
+    "xlora_original/depth3": "xlora-original",
+    "xlora_original/depth3_linear_nobias": "xlora-original",
+    "xlora_original/scaling_pass": "xlora-original",
 }
-OPTIONS = {  # what a layout does not record, so that no reader refuses for want of them
+pytestmark = pytest.mark.filterwarnings("ignore:.*left out. ")  # MeteoRA's files have the whole base
+READ_ONLY = {"comol", "mtl-lora", "mtl-moelora"}
+OPTIONS = {  # of other readers, so that they do not refuse because of a missing one
     "mola": {"top_k": 1},
     "peft-router": {"router_input": "hidden", "top_k": None},
     "for-ai-molora": {"r": 4, "num_experts": 5},
+    "meteora": {"top_k": 1, "temperature": 1, "adapters": []},
+    "mtl-lora": {"lora_alpha": 1, "temperature": 1},
+    "mtl-moelora": {"lora_alpha": 1},
 }
 named = pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 
@@ -63,7 +93,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 28
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 48
 
 
 @named
@@ -100,9 +130,104 @@ def test_through_native_and_back_to_its_own_layout_bit_for_bit(peer, tmp_path):
     native = moe_lora_interop.read(tmp_path / "native")
     assert_identical(native, adapter)
     layout = moe_lora_interop.detect(peer.directory)
+    if layout in READ_ONLY:
+        with pytest.raises(moe_lora_interop.CheckpointError, match=f"{layout} is read and not written"):
+            moe_lora_interop.write(native, tmp_path / "theirs", layout)
+        assert not (tmp_path / "theirs").exists()
+        return
     moe_lora_interop.write(native, tmp_path / "theirs", layout)
     assert moe_lora_interop.detect(tmp_path / "theirs") == layout
     assert_identical(moe_lora_interop.read(tmp_path / "theirs", **peer.options), adapter)
+
+
+def stored_tensors(directory, layout, options) -> dict[str, np.ndarray]:
+    """By their names in the files, without copies, dead tensors and those of the base."""
+    with Directory(directory) as opened:
+        stored = opened.stored(dialect_named(layout), options)
+        rules = dialect_named(layout).specialised(stored.raw).rules
+        kinds = {name: claim(rules, name, len(info.shape)) for name, info in stored.infos.items()}
+        return {n: np.asarray(t) for n, t in stored.tensors().items() if kinds[n] is not None and kinds[n].copy == ""}
+
+
+@named
+def test_written_back_the_tensors_have_the_peers_names_and_values(peer, tmp_path):
+    layout = moe_lora_interop.detect(peer.directory)
+    if layout in READ_ONLY:
+        return
+    moe_lora_interop.write(moe_lora_interop.read(peer.directory, **peer.options), tmp_path, layout)
+    found, expected = (stored_tensors(d, layout, peer.options) for d in (tmp_path, peer.directory))
+    if peer.name == "xlora_original/depth3_linear_nobias":  # three layers without an activation, which are one here
+        assert found.keys() - expected.keys() == set() and expected.keys() - found.keys() == {
+            "main/inner.0.weight",
+            "main/inner.1.weight",
+        }
+        product = (expected["main/last.weight"] @ expected["main/inner.1.weight"]) @ expected["main/inner.0.weight"]
+        np.testing.assert_allclose(found.pop("main/last.weight"), product, rtol=1e-5, atol=1e-6)
+        expected = {name: expected[name] for name in found}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tobytes() == tensor.tobytes(), name
+
+
+def test_the_weights_of_the_base_that_lie_inside_are_checked_or_said(tmp_path):
+    peer = Peer("meteora/top1")
+    with pytest.warns(UserWarning, match="left out: lm_head.weight .* and 15 more. These belong to the base model"):
+        assert len(moe_lora_interop.read(peer.directory, **peer.options).base_tensors) == 21
+    base = mlj.load_base_model(peer.base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlj.load_adapter(base, peer.directory, **peer.options)  # equal to this base: nothing to say
+    other = mlj.load_base_model(peer.base)
+    norm = other.model.layers[1].input_layernorm
+    norm.weight.set_value(norm.weight[...] * 1.5)
+    with pytest.raises(moe_lora_interop.CheckpointError, match="layers.1.input_layernorm.weight: other values than"):
+        mlj.load_adapter(other, peer.directory, **peer.options)
+
+
+def test_where_the_task_folders_are(tmp_path):
+    peer = Peer("meteora/top1")
+    relative = peer.options | {"adapters": peer.provenance["read_options"]["adapters"]}  # to the checkpoint
+    assert_identical(*(moe_lora_interop.read(peer.directory, **o) for o in (relative, peer.options)))
+    for wrong, reason in (
+        ({"adapters": "../adapters/alpaca"}, "option adapters: found '../adapters/alpaca', expected a list of folders"),
+        ({"adapters": peer.options["adapters"][:4]}, "expected 12|expected"),
+        ({"adapters": ["../nowhere"] * 5}, "expected different folders"),
+        ({"adapters": [f"../nowhere{n}" for n in range(5)]}, "expert 0: .*nowhere0 is no directory"),
+    ):
+        with pytest.raises(moe_lora_interop.CheckpointError, match=reason):
+            moe_lora_interop.read(peer.directory, **peer.options | wrong)
+    with pytest.raises(moe_lora_interop.ConfigError) as error:
+        moe_lora_interop.read(peer.directory)
+    assert [p.split(":")[0] for p in error.value.problems] == ["option top_k", "option temperature", "option adapters"]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"a model")
+    with pytest.raises(moe_lora_interop.CheckpointError, match="is a model's directory"):
+        moe_lora_interop.write(moe_lora_interop.read(peer.directory, **peer.options), tmp_path, "meteora")
+    assert (tmp_path / "model.safetensors").read_bytes() == b"a model"
+
+
+def test_x_loras_folders_may_be_elsewhere_and_its_classifier_in_torchs_format(tmp_path):
+    peer = Peer("xlora_original/depth2_topk")
+    for name in ("xlora_config.json", "xlora_classifier.safetensors"):
+        shutil.copy(peer.directory / name, tmp_path / name)
+    with pytest.raises(moe_lora_interop.CheckpointError, match="expert 0: .*adapter_1 is no directory"):
+        moe_lora_interop.read(tmp_path)
+    folders = [str(peer.directory / f"adapter_{n}") for n in (1, 2, 3, 4)]
+    expected = moe_lora_interop.read(peer.directory)
+    assert_identical(moe_lora_interop.read(tmp_path, adapters=folders), expected)
+    classifier = files.read_tensors(tmp_path / "xlora_classifier.safetensors")
+    (tmp_path / "xlora_classifier.safetensors").unlink()
+    torch_files.write(tmp_path / "xlora_classifier.pt", classifier)
+    assert_identical(moe_lora_interop.read(tmp_path, adapters=folders), expected)
+
+
+def test_of_equal_gates_in_a_first_pass_any_may_be_kept(tmp_path):
+    peer = Peer("xlora_original/scaling_pass")
+    copy = shutil.copytree(peer.directory, tmp_path / "copy")
+    config = json.loads((copy / "xlora_config.json").read_text())
+    (copy / "xlora_config.json").write_text(json.dumps({**config, "top_k_lora": 2}))
+    with pytest.raises(moe_lora_interop.ConfigError, match="scaling_pass_value: found 0.5 together with top_k"):
+        moe_lora_interop.read(copy)
 
 
 @named
@@ -145,8 +270,10 @@ def test_refusals_say_why(peer):
     reason = {
         "seed_style": "found expert = 1, expected 4",
         "xlora/broken": r"peft 0.20.1.dev0 and 0.21 save X-LoRA classifiers empty or truncated",
-        "xlora/depth2_scaling_pass": "scaling_pass_value: found 0.3, expected 0.0",
+        "xlora_original/softmax_topk": "enable_softmax_topk: found True, which is one softmax over every kept score",
+        "xlora_original/broken_digit_names": "adapters whose names are numbers",
+        "xlora_original/broken_names_prefix": r"lora_A2.weight and 3 more[\s\S]*the beginning of another's",
     }
     expected = next(text for start, text in reason.items() if peer.name.startswith(start))
-    with pytest.raises(moe_lora_interop.CheckpointError, match=expected):
+    with pytest.raises((moe_lora_interop.CheckpointError, moe_lora_interop.ConfigError), match=expected):
         moe_lora_interop.read(peer.directory, **peer.options)

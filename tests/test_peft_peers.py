@@ -13,7 +13,7 @@ import moe_lora_interop.peft_tuner  # noqa: F401  (registers the method)
 from tests.peers_data import READABLE, WITH_LOGITS, Peer
 from tests.test_peers import assert_identical
 
-pytestmark = THIRD_PARTY_WARNINGS
+pytestmark = [*THIRD_PARTY_WARNINGS, pytest.mark.filterwarnings("ignore:.*left out. ")]
 named = pytest.mark.parametrize("peer", READABLE, ids=lambda p: p.name)
 with_logits = pytest.mark.parametrize("peer", WITH_LOGITS, ids=lambda p: p.name)
 

@@ -151,6 +151,19 @@ def test_disabled_and_unloaded_it_is_the_base_model(name):
     assert torch.equal(logits(base), plain)
 
 
+def test_a_first_pass_with_the_adapter_is_with_this_one_alone():
+    model = wrapped("first_pass")
+    before = out(model, "first_pass")
+    without = out(wrapped("first_pass", scaling_pass_value=0.0), "first_pass")  # the same parameters
+    assert (without - before).abs().max() > 1e-3
+    model.add_adapter("other", config())
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="adapter 'default' takes part in the first pass of its own router"):
+        out(model, "first_pass")
+    model.set_adapter("default")
+    torch.testing.assert_close(out(model, "first_pass"), before, atol=0, rtol=0)
+
+
 @every_scope
 @pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_several_adapters_one_at_a_time(tmp_path, name):

@@ -122,6 +122,7 @@ FIELDS = {
     "ffn_adaptive": {"scope": "ffn", "target_modules": ["up_proj"], "threshold": 0.4, "adaptive_threshold": True},
     "model": {"scope": "model", "top_k": 2},
     "layerwise": {"scope": "model", "router_depth": 2, "router_hidden_size": 5, "router_bias": True, "layerwise": True},
+    "first_pass": {"scope": "model", "layerwise": True, "scaling_pass_value": 0.5},
     "embedding": {"scope": "model", **TASKS, "task_embedding_dim": 5},
     "table": {"scope": "model", **TASKS, "router_depth": 0},
     "poly": {**TASKS, "router_depth": 0, "mix": "weights", "n_splits": 2, "scoring_func": "sigmoid"},

@@ -281,6 +281,7 @@ def test_all_problems_are_collected():
 
 # --- every known layout ---------------------------------------------------------------------------------------------
 
+XLORA = {"xlora_depth": 4}  # more layers than are drawn, so that the last one is none of them
 DIALECTS = {d.name: d for d in (*FILE_DIALECTS, JAX_TREE)}
 NAMES = ["q", "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up", "é", "a b", "x{y}", "a|b", "0", "lora_A"]
 
@@ -299,7 +300,7 @@ def adapters(draw, rules):
         "layer": draw(st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True)),
         "j": range(draw(st.integers(1, 3))),
     }
-    stackable = all("expert" in r.stored.atoms for r in stored_rules if r.role == "lora_A")
+    stackable = all(("expert",) in r.stored.shape for r in stored_rules if r.role == "lora_A")
     shared = stackable and draw(st.booleans())
     modules, tensors, count = {}, {}, 0
     for rule in stored_rules:
@@ -335,16 +336,17 @@ def adapters(draw, rules):
     return tensors, modules, count
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", [name for name, dialect in DIALECTS.items() if not dialect.read_only])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_layout_gives_back_the_same_bits(name, data):
-    rules = DIALECTS[name].specialised({"xlora_dropout_p": data.draw(st.sampled_from([0.0, 0.1]))}).rules
+    rules = DIALECTS[name].specialised({**XLORA, "xlora_dropout_p": data.draw(st.sampled_from([0.0, 0.1]))}).rules
     canonical, modules, count = data.draw(adapters(rules))
     sizes = modules.__getitem__
     stored, problems = encode(rules, canonical, sizes)
     assert problems == []
-    assert len(stored) == count  # no two tensors under one name
+    own = [name for name, tensor in stored.items() if claim(rules, name, tensor.ndim).copy != "stale"]
+    assert len(own) == count  # no two tensors under one name
     before = {key: (tensor.shape, tensor.tobytes()) for key, tensor in canonical.items()}
     back, problems = decode(rules, dict(reversed(stored.items())), sizes)
     assert problems == []

@@ -39,6 +39,8 @@ FIXED = {  # because lists in the sample have one entry per expert, or patterns 
     "native": ("r", "num_experts"),
     "arrow": ("r", "num_experts", "lora_alpha"),
     "xlora": ("r", "num_experts"),
+    "xlora-original": ("r", "num_experts", "lora_alpha"),
+    "meteora": ("num_experts", "lora_alpha"),
     "mola": ("r", "num_experts"),
     "lora": ("num_experts",),
     "poly": ("lora_alpha", "lora_dropout"),

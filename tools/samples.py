@@ -1,4 +1,4 @@
-"""A small random adapter for every layout, as the program that owns the layout would make one."""
+"""A small random adapter for every layout that is written, as the program that owns the layout would make one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +25,7 @@ _EWORA = {
     "norm_topk_prob": False,
 }
 _UNLIKE = {"v_proj": 3}
+_SIGNED = {"scoring_func": "identity", "norm_topk_prob": False, "scaling_pass_value": 0.3}
 # {layout: (preset or "", fields, modules of a layer)}
 SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "native": (
@@ -61,7 +62,10 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "arrow": ("arrow", {"r": [1, 2, 3, 2], "lora_alpha": [1, 2, 3, 4]}, _ATTENTION),
     "poly": ("poly", {"lora_alpha": 1, "num_tasks": 3, "n_splits": 2}, _ATTENTION),
     "moelora": ("moelora", {"task_embedding_dim": 4, "num_tasks": 3}, _ATTENTION),
+    "coin": ("", {}, _ATTENTION),
+    "meteora": ("mola", {"lora_alpha": [4, 1, 2, 3], "router_temperature": 1.5}, _ATTENTION),
     "xlora": ("xlora", {**_XLORA, "r": [1, 2, 3, 2], "routed_scaling_factor": 2.0}, _ATTENTION),
+    "xlora-original": ("xlora", {**_SIGNED, "r": [1, 2, 3, 2], "lora_alpha": [1, 2, 3, 4]}, _ATTENTION),
     "peft-router": ("xlora", {}, _ATTENTION),
     "lora": ("", {"num_experts": 1, "rank_pattern": {"v_proj": 3}}, _ATTENTION),
 }

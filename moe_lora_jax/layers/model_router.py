@@ -14,7 +14,8 @@ from moe_lora_jax.layers.shared import Shared, task_rows
 class ModelRouter(BaseRouter):
     """z = MLP(h) / temperature, ReLU between the layers; gates are left in `shared` for the model's layers.
 
-    h is the last hidden state (after the final norm) of a first pass without the adapter, or a row of the task table.
+    h is the last hidden state (after the final norm) of a first pass without the adapter, or with every gate
+    scaling_pass_value; or a row of the task table.
     In scope "linear" it only hands the task ids on. Always in fp32.
 
     Variables: `kernels[j]` [in, unit], N(0, 0.02^2); `biases[j]` [unit], zero; `task_embedding` [task, dim],
@@ -26,6 +27,7 @@ class ModelRouter(BaseRouter):
         self.shared = Shared.empty()
         self.only_ids = config.scope == "linear"
         self.reads_hidden = config.router_input == "hidden"
+        self.scaling_pass_value = config.scaling_pass_value
         self.dropout = nnx.Dropout(config.router_dropout, deterministic=True)
 
         def init(*shape: int) -> MoeLoraParam:
@@ -47,8 +49,16 @@ class ModelRouter(BaseRouter):
         reads = "the last hidden state" if self.reads_hidden else "the task ids"
         return f"{reads} -> {self.num_experts} experts of every layer; {gates_in_words(self.gating)}"
 
+    def begin_first_pass(self) -> None:
+        """Sets the gates of the pass that gives the hidden states, if the adapter takes part in it."""
+        if self.scaling_pass_value:
+            gate = self.scaling_pass_value * self.gating.routed_scaling_factor
+            self.shared.set_value(jnp.full((1, 1, self.n_splits, self.num_experts), gate, jnp.float32))
+
     def route_hidden(self, hidden: jax.Array) -> None:
-        """Sets the gates from hidden states [batch, seq, hidden]."""
+        """Sets the gates from hidden states [batch, seq, hidden]; no gradient goes into a pass with the adapter."""
+        if self.scaling_pass_value:
+            hidden = jax.lax.stop_gradient(hidden)
         self._route(self.jittered(hidden.reshape(-1, hidden.shape[-1])))
 
     def route_tasks(self, task_ids: jax.Array | None) -> None:

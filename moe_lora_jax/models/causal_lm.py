@@ -143,6 +143,7 @@ class CausalLM(nnx.Module):
             hidden, cache = self.model(input_ids, real, positions, cache)
         else:
             first, second = cache if cache is not None else (None, None)
+            router.begin_first_pass()
             hidden, first = self.model(input_ids, real, positions, first)  # without gates: without the adapter
             router.route_hidden(hidden)
             hidden, second = self.model(input_ids, real, positions, second)

@@ -57,6 +57,7 @@ NATIVE: dict[str, dict[str, Any]] = {
     },
     "plain_lora": {"num_experts": 1},
     "weights": {"mix": "weights", "n_splits": 2},
+    "first_pass": {**_MODEL, "scaling_pass_value": -0.4, "routed_scaling_factor": 1.5},
     "tasks": {**_TASKS, "router_depth": 0, "mix": "weights", "n_splits": 2, "scoring_func": "sigmoid"},
     "ffn": {
         "scope": "ffn",

@@ -31,10 +31,12 @@ def warn_of_base_tensors(source: str, found: Mapping[str, Tensor]) -> None:
 
 def left_out(found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A sentence on the tensors of the base model that are left out, if there are any: {name: shape}."""
-    names = ", ".join(f"{name} {list(shape)}" for name, shape in found.items())
+    shown = [f"{name} {list(shape)}" for name, shape in list(found.items())[:6]]
+    names = ", ".join(shown) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
     note = (
         f"left out: {names}. These belong to the base model: PEFT saves them too if embeddings or the head are "
-        "targeted or resized. moe-lora verify --base compares them with a base's own"
+        "targeted or resized, MeteoRA saves all. moe-lora verify --base compares them with a base's own, and so does "
+        "loading the adapter in JAX"
     )
     return [note] if found else []
 

@@ -24,6 +24,7 @@ from moe_lora_interop.rules.dialect import Dialect, Folders, lookup
 
 BIN_NAME = "adapter_model.bin"
 NPZ_NAME = "adapter_model.npz"
+WEIGHTS_NAMES = (files.WEIGHTS_NAME, BIN_NAME, NPZ_NAME)
 
 
 class Weights(Protocol):
@@ -106,6 +107,8 @@ class Directory(ExitStack):
         """
         if dialect is not None and dialect.folders is not None:
             raw, paths = self._in_folders(dialect.folders, options or {})
+        elif dialect is not None and dialect.has_own_file:
+            raw, paths = {}, {"": self._own_file(dialect.weights)}
         elif dialect is not None and dialect.config_file:
             raw, paths = self._config(self.path / files.CONFIG_NAME), {"": self._weights_path()}
         else:
@@ -115,50 +118,66 @@ class Directory(ExitStack):
             raise CheckpointError("unreadable tensors", absurd)
         return found
 
+    def has_weights(self) -> bool:
+        """Whether a file of tensors has a name that most layouts share."""
+        return any(self._look(self.path / name).exists() for name in WEIGHTS_NAMES)
+
     def experts(self, folders: Folders) -> dict[str, Path] | None:
         """{expert number: folder} as the main config names them; None if there is no such config."""
-        path = self._look(self.path / folders.main / files.CONFIG_NAME)
-        if not path.is_file():
+        path = self._look(self.path / folders.main / folders.config)
+        if folders.by_option or not path.is_file():
             return None
-        listed = lookup(self._config(path), folders.listed_in, None)
+        return self._named(folders, lookup(self._config(path), folders.listed_in, None), path)
+
+    def names_experts(self, folders: Folders) -> bool:
+        """Whether there is a main config that names experts, rightly or not."""
+        path = self._look(self.path / folders.main / folders.config)
+        if folders.by_option or not path.is_file():
+            return False
+        return isinstance(lookup(self._config(path), folders.listed_in, None), list | Mapping)
+
+    def _named(self, folders: Folders, listed: Any, where: Path, *, given: bool = False) -> dict[str, Path] | None:
+        """{expert number: folder}; None for what is no list of any kind."""
         if isinstance(listed, Mapping):
             named = {str(n): name for n, name in listed.items()}
         elif isinstance(listed, list):
             named = {str(n): name for n, name in enumerate(listed)}
         else:
             return None
+        # whoever gives an option may name any folder; a file that was downloaded may not
         wrong = len(named) > limits.FOLDERS or any(
-            not isinstance(p, str) or os.path.isabs(p) or not p.isprintable() for p in named.values()
+            not isinstance(p, str) or (os.path.isabs(p) and not given) or not p.isprintable() for p in named.values()
         )
         if wrong or sorted(named, key=lambda n: (len(n), n)) != [str(n) for n in range(len(named))]:
             problem = (
                 f"{folders.listed_in}: found {listed!r}, expected at most {limits.FOLDERS} relative folders numbered "
                 "from 0"
             )
-            raise CheckpointError(f"{path} does not name its experts", [problem])
+            raise CheckpointError(f"{where} does not name its experts", [problem])
         places = {os.path.realpath(self.path / name) for name in named.values()}
         inside = os.path.join(os.path.realpath(self.path), "")
-        if len(places) < len(named) or not (folders.outside or all(place.startswith(inside) for place in places)):
-            where = "" if folders.outside else f" inside {self.path}"
-            problem = f"{folders.listed_in}: found {listed!r}, expected different folders{where}"
-            raise CheckpointError(f"{path} does not name its experts", [problem])
+        anywhere = folders.outside or given
+        if len(places) < len(named) or not (anywhere or all(place.startswith(inside) for place in places)):
+            there = "" if anywhere else f" inside {self.path}"
+            problem = f"{folders.listed_in}: found {listed!r}, expected different folders{there}"
+            raise CheckpointError(f"{where} does not name its experts", [problem])
         return {n: self.path / name for n, name in named.items()}
 
     def _in_folders(self, folders: Folders, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
-        found = self.experts(folders)
         main = self.path / folders.main
+        if folders.by_option:
+            return self._configs_by_option(folders, options), {"main/": self._own_file(folders.weights)}
+        given = options.get(folders.listed_in)
+        found = self.experts(folders) if given is None else self._named(folders, given, self.path, given=True)
         if found is None:
-            problem = f"{main / files.CONFIG_NAME}: no {folders.listed_in} that names the experts"
+            problem = f"{main / folders.config}: no {folders.listed_in} that names the experts"
             raise CheckpointError("not a checkpoint", [problem])
-        paths = {"main/": main / files.WEIGHTS_NAME} if self._look(main / files.WEIGHTS_NAME).exists() else {}
-        missing = [f"expert {n}: {path} is no directory" for n, path in found.items() if not os.path.isdir(path)]
-        if missing:
-            raise CheckpointError("experts are missing", missing)
-        raw = {
-            **self._config(main / files.CONFIG_NAME),
-            "experts": [self._config(path / files.CONFIG_NAME) for path in found.values()],
-            "num_experts": len(found),
-        }
+        names = [folders.weights]
+        if folders.weights != files.WEIGHTS_NAME:
+            names += [str(Path(folders.weights).with_suffix(".pt"))]
+        there = [main / name for name in names if self._look(main / name).exists()]
+        paths = {"main/": there[0]} if there else {}
+        raw = {**self._config(main / folders.config), **self._configs_of(found)}
         paths |= {f"{n}/": path / files.WEIGHTS_NAME for n, path in found.items()}
         if folders.sidecar:
             given = options.get(Path(folders.sidecar).stem)
@@ -167,13 +186,30 @@ class Directory(ExitStack):
                 paths["sidecar/"] = sidecar
         return raw, paths
 
+    def _configs_by_option(self, folders: Folders, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the experts, if the option is given."""
+        name = folders.listed_in
+        if name not in options:
+            return {}
+        found = self._named(folders, options[name], self.path, given=True)
+        if found is None:
+            problem = f"option {name}: found {options[name]!r}, expected a list of folders"
+            raise CheckpointError("invalid options", [problem])
+        return self._configs_of(found)
+
+    def _configs_of(self, experts: Mapping[str, Path]) -> dict[str, Any]:
+        missing = [f"expert {n}: {path} is no directory" for n, path in experts.items() if not os.path.isdir(path)]
+        if missing:
+            raise CheckpointError("experts are missing", missing)
+        configs = [self._config(path / files.CONFIG_NAME) for path in experts.values()]
+        return {"experts": configs, "num_experts": len(experts)}
+
     def _weights_path(self) -> Path:
         """The weights file that is there; safetensors before .bin before .npz."""
-        names = (files.WEIGHTS_NAME, BIN_NAME, NPZ_NAME)
-        found = next((self.path / n for n in names if self._look(self.path / n).exists()), None)
+        found = next((self.path / n for n in WEIGHTS_NAMES if self._look(self.path / n).exists()), None)
         if found is None:
-            problems = [f"{self.path}: missing file, expected one of {', '.join(names)}"]
-            problems += [line for name in names for line in files.shards_of(self.path / name)]
+            problems = [f"{self.path}: missing file, expected one of {', '.join(WEIGHTS_NAMES)}"]
+            problems += [line for name in WEIGHTS_NAMES for line in files.shards_of(self.path / name)]
             if not (self.path / files.CONFIG_NAME).exists():
                 problems.append(f"{self.path / files.CONFIG_NAME}: missing file")
             if (self.path / "config.json").is_file():
@@ -183,6 +219,13 @@ class Directory(ExitStack):
                 problems.append(f"adapters are in its folders {', '.join(inside)}: expected one of these")
             raise CheckpointError("not a checkpoint", problems)
         return found
+
+    def _own_file(self, name: str) -> Path:
+        """The file of a layout that has a name of its own for it."""
+        path = self._look(self.path / name)
+        if not path.exists():
+            raise CheckpointError("not a checkpoint", [f"{path}: missing file", *files.shards_of(path)])
+        return path
 
     def _look(self, path: Path) -> Path:
         """The path, before anything of it is known: from here on it must not change."""

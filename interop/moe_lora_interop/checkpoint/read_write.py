@@ -126,6 +126,8 @@ def write(
     """
     warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
     table, config = dialect_named(layout), adapter.config
+    if table.read_only:
+        raise CheckpointError(f"{layout} is read and not written", [f"layout {layout!r}: {table.read_only}"])
     raw = _raw_config(table, adapter, allow_loss)
     rules = table.specialised(raw).rules
     tensors, problems = encode(rules, adapter.tensors, config_sizes(config), duplicates=duplicates)
@@ -133,6 +135,8 @@ def write(
         raise CheckpointError(f"cannot be written as {layout}", problems)
     writers = {}
     target = Path(directory)
+    if table.has_own_file and (target / "config.json").exists():  # its file is called as a model's is
+        raise CheckpointError(f"{target} is a model's directory", [f"{target / table.weights}: expected another place"])
     if table.card and not will_remain(target, CARD_NAME):
         infos = {n: TensorInfo(STORED[t.dtype.name], t.shape) for n, t in tensors.items()}
         card = model_card(config, infos, end_ids=end_ids_beside(target))

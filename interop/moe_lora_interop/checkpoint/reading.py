@@ -16,7 +16,7 @@ from moe_lora_interop.disk.digest import NAME as DIGEST
 from moe_lora_interop.disk.digest import digest
 from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError, ConfigError
-from moe_lora_interop.rules.base_tensors import PREFIX, base_tensors, whole_modules
+from moe_lora_interop.rules.base_tensors import base_tensors, below_prefix, whole_modules
 from moe_lora_interop.rules.configs import config_of
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import ByRule, Canonical, Sizes, claim, claimed, differing, moved
@@ -45,7 +45,7 @@ class Reading:
 
     def __init__(self, directory: Directory, layout: str | None, options: Mapping[str, Any]):
         """Raises CheckpointError: not in this layout (None: in none that is known), or a part of it is unreadable."""
-        found = dialect_of(directory, layout)
+        found = dialect_of(directory, layout, options)
         self._path, self._options = directory.path, options
         self.stored = directory.stored(found, options)
         self.dialect = found.specialised(self.stored.raw)
@@ -92,6 +92,7 @@ class Reading:
         problems = [*unexpected]
         tensors, copies = moved(by_rule, config_sizes(config), problems)
         problems += differing(copies)
+        tensors = self._derived(tensors, problems)
         if self.dialect.folders is not None and self.dialect.folders.sidecar:
             tensors = complete_prototypes(tensors)
         if self.dialect.signed:
@@ -113,7 +114,7 @@ class Reading:
         rules = {
             key: claim(self.dialect.rules, key, len(info.shape)) for key, info in infos.items() if key not in whole
         }
-        of_base = {k.removeprefix(PREFIX): infos[k].shape for k, rule in rules.items() if rule and rule.copy == "base"}
+        of_base = {below_prefix(k): infos[k].shape for k, rule in rules.items() if rule and rule.copy == "base"}
         trained = [f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole]
         return [*left_out(of_base), *trained]
 
@@ -131,12 +132,22 @@ class Reading:
 
     @cached_property
     def _shapes(self) -> tuple[Canonical, list[str]]:
-        """The tensors as far as their config need not be known, and problems; nothing where it needs no tensors."""
-        if self.dialect.own_config:
+        """The tensors as far as their config need not be known, and problems; nothing where it needs no tensors, or
+        where the option that it needs first is missing."""
+        folders = self.dialect.folders
+        if self.dialect.own_config or (folders is not None and folders.by_option and "experts" not in self.stored.raw):
             return {}, []
         by_rule, unexpected = self._claimed
         problems = [*unexpected]
-        return moved(by_rule, self._known_sizes, problems)[0], problems
+        return self._derived(moved(by_rule, self._known_sizes, problems)[0], problems), problems
+
+    def _derived(self, tensors: Canonical, problems: list[str]) -> Canonical:
+        """Ours, where the layout stores others."""
+        if self.dialect.derive is None:
+            return tensors
+        found, misfits = self.dialect.derive(tensors, {**self.stored.raw, **self._options})
+        problems += misfits
+        return found
 
     @property
     def _known_sizes(self) -> Sizes:

@@ -29,8 +29,7 @@ def store(
     writers: dict[str, Callable[[Path], None]] = {}
     main = {k: v for k, v in raw.items() if k not in ("experts", "num_experts")}
     names = [folders.name.format(expert=n) for n in range(raw["num_experts"])]
-    is_object = "." not in folders.listed_in
-    _put(main, folders.listed_in, {str(n): name for n, name in enumerate(names)} if is_object else names)
+    _put(main, folders.listed_in, {str(n): name for n, name in enumerate(names)} if folders.as_object else names)
     for n, name in enumerate(names):
         of_expert = {**raw["experts"][n], "peft_type": "LORA", "bias": "none"}
         of_expert |= {k: raw[k] for k in ("base_model_name_or_path", "task_type") if k in raw}
@@ -40,8 +39,9 @@ def store(
     if folders.sidecar and (sidecar := _under(tensors, "sidecar/")):
         writers[folders.sidecar] = lambda path: write_npz(path, sidecar)
     if top := _under(tensors, "main/"):
-        writers[f"{prefix}{files.WEIGHTS_NAME}"] = _tensor_writer(top, dialect.metadata)
-    writers[f"{prefix}{files.CONFIG_NAME}"] = _json_writer(main)
+        writers[f"{prefix}{folders.weights}"] = _tensor_writer(top, dialect.metadata)
+    if dialect.config_file:
+        writers[f"{prefix}{folders.config}"] = _json_writer(main)
     return writers
 
 
@@ -90,7 +90,7 @@ def checkpoint_files(path: Path, layouts: Iterable[Dialect]) -> list[str]:
 
 def _files_in_folders(directory: Directory, folders: Folders) -> list[str]:
     """Those with this kind of folders; none if there is no main config."""
-    if not (directory.path / folders.main / files.CONFIG_NAME).is_file():
+    if folders.by_option or not (directory.path / folders.main / folders.config).is_file():
         return []
     try:
         experts = directory.experts(folders)
@@ -100,7 +100,6 @@ def _files_in_folders(directory: Directory, folders: Folders) -> list[str]:
         return []  # the config of another layout
     named = (folders.name.format(expert=n) for n in experts or ())
     ours = [name for name, path in zip(named, (experts or {}).values(), strict=True) if path == directory.path / name]
-    found = [
-        str(Path(part, name)) for part in (folders.main, *ours) for name in (files.CONFIG_NAME, files.WEIGHTS_NAME)
-    ]
+    found = [str(Path(folders.main, name)) for name in (folders.config, folders.weights)]
+    found += [str(Path(part, name)) for part in ours for name in (files.CONFIG_NAME, files.WEIGHTS_NAME)]
     return [*found, *([folders.sidecar] if folders.sidecar else [])]

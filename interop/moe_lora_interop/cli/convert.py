@@ -112,7 +112,8 @@ def layouts(*, json: Json = False, quiet: Quiet = False) -> None:
         table.add_row(*(escape(text) for text in (d["name"], d["source"], options, d["notes"])))
     Console().print(table)
     shell.say(
-        "Every layout is read and written. Give options as --option NAME=VALUE; `--json` lists the fields of each."
+        "Every layout is read, and written unless it says read only. Options are given as --option NAME=VALUE; "
+        "`--json` lists the fields of each."
     )
 
 
@@ -130,8 +131,9 @@ def describe(dialect: Dialect) -> dict[str, Any]:
         "records": sorted(recorded_fields(dialect)),
         "implies": dict(dialect.fixed),
         "read": True,
-        "write": True,
-        "notes": dialect.notes or "everything",
+        "write": not dialect.read_only,
+        "notes": "; ".join(filter(None, (dialect.notes, dialect.read_only and f"read only: {dialect.read_only}")))
+        or "everything",
     }
 
 

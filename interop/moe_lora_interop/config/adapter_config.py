@@ -20,7 +20,8 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
     ffn, hidden      one router per feed-forward block; x is the block's input, and whole expert blocks are mixed:
                      FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e being W0 + s_e B_e A_e (MixLoRA)
     model, hidden    one MLP router for the model; x is the last hidden state (after the final norm) of a first pass
-                     without the adapter (X-LoRA); layerwise: E logits for each target module, in module_order
+                     without the adapter, or with every g_e = scaling_pass_value (X-LoRA); layerwise: E logits for each
+                     target module, in module_order
     linear, expert_activations
                      as linear, hidden, but the router reads relu(concat_e A_e x), [rank] of every expert (EWoRA)
     task             z = R(T[task]), T a table [task, dim]; with task_embedding_dim None the table's rows are the logits
@@ -40,6 +41,7 @@ from moe_lora_interop.config.allowed import (
     ALPHA,
     ALPHA_PATTERN,
     BOOL,
+    FINITE,
     FRACTION,
     LAYER_NAMES,
     LAYERS,
@@ -110,6 +112,8 @@ class MoeLoraConfig:
         task_embedding_dim: width of the task table; None if its rows are the logits.
         layerwise: the model's router emits separate weights for every target module.
         module_order: the modules in the order of a layerwise router's rows; filled in by `apply` and by readers.
+        scaling_pass_value: the gate of every expert in the first pass, which is without gradient; 0 leaves the adapter
+            out of it.
         mix: "outputs" or "weights" (arXiv:2202.13914).
         n_splits: parts of input and output with gates of their own, with mix = "weights" (arXiv:2211.03831).
         router_bias: whether the router has a bias b.
@@ -174,6 +178,7 @@ class MoeLoraConfig:
     task_embedding_dim: int | None = field(default=None, metadata=optional(integer(1)))
     layerwise: bool = field(default=False, metadata=BOOL)
     module_order: list[str] | None = field(default=None, metadata=optional(MODULE_PATHS))
+    scaling_pass_value: float = field(default=0.0, metadata=added(FINITE))
     mix: str = field(default="outputs", metadata=one_of("outputs", "weights"))
     n_splits: int = field(default=1, metadata=integer(1))
     router_bias: bool = field(default=False, metadata=BOOL)

@@ -113,6 +113,18 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
     lambda module_order, layerwise: (
         (module_order is not None and not layerwise) and "found without layerwise, expected null"
     ),
+    lambda scaling_pass_value, scope, router_input: (
+        (scaling_pass_value != 0 and (scope != "model" or router_input != "hidden"))
+        and f"found {scaling_pass_value} with scope {scope} and router_input {router_input}, expected 0: no first pass"
+    ),
+    lambda scaling_pass_value, top_k: (
+        (scaling_pass_value != 0 and top_k is not None)
+        and f"found {scaling_pass_value} together with top_k, expected 0 or no top_k: of equal gates any k may be kept"
+    ),
+    lambda scaling_pass_value, num_experts, num_experts_pattern: (
+        (scaling_pass_value != 0 and (num_experts == 1 or 1 in num_experts_pattern.values()))
+        and f"found {scaling_pass_value} with modules of one expert, which have no gate; expected 0"
+    ),
     lambda router_depth, scope: (
         (router_depth > 1 and scope != "model")
         and f"found {router_depth} in scope {scope}, expected 1: deep routers are for scope model"

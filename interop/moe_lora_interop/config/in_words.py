@@ -38,6 +38,8 @@ def routing_in_words(config: MoeLoraConfig) -> str:
     logits = f"{logits} + b" if config.router_bias else logits
     if config.router_temperature != 1:
         logits = f"({logits}) / {config.router_temperature:g}"
+    if config.scaling_pass_value:
+        logits += f", x from a first pass with every gate {config.scaling_pass_value:g}"
     by_module = f" (top_k per module: {config.top_k_pattern})" if config.top_k_pattern else ""
     return f"z = {logits}, {gates_in_words(config, by_module)}"
 

@@ -16,6 +16,8 @@ _EXPERTS = (
     Rule("lora_B", f"{_PREFIX}.moe_layer.experts.{{expert}}.lora_B.weight", "out rank", copy="same"),
 )
 _FIELDS = (Field("num_experts", "num_experts"), Field("r", "lora_rank"), *LORA)
+# of GOAT's init types; "default" it refuses, but files that were converted before have it
+_ALPHA_OVER_RANK = ("mole", "lora", "lora_scale", "default")
 _CASES = (
     ({"top_k": SET, "threshold": None}, {"top_k": SET, "threshold": None}),
     ({"top_k": None, "threshold": SET}, {"top_k": None, "threshold": SET}),
@@ -60,9 +62,9 @@ GOAT = Dialect(
         Field("top_k", "top_k"),
         *LORA,
     ),
-    const={"peft_type": ("GOAT",), "bias": ("none",), "init_type": ("default",), "use_dora": (False,)},
+    const={"peft_type": ("GOAT",), "bias": ("none",), "init_type": _ALPHA_OVER_RANK, "use_dora": (False,)},
     ignore=INERT | {"init_cof"},
     weights="adapter_model.bin",
-    notes="softmax, top-k, renormalised; only init_type default: the others change the base weights or read the "
-    "scaling from the environment, and save neither",
+    notes="softmax, top-k, renormalised; only an init_type that leaves the base as it is and scales by alpha / r, as "
+    "its program does unless the environment variable SCALING is set; no file has that",
 )

@@ -24,14 +24,7 @@ class Unread(NamedTuple):
     key: str = ""
 
 
-UNREAD = (
-    Unread("CoIN", "zackschen/CoIN", peft_type="MOE_LORA_CoIN"),
-    Unread("CoMoL", "DCDmllm/CoMoL", peft_type="MoCoreLORA"),
-    Unread("LD-MoLE", "eshentw/LD-MoLE; without sparsegen it is read", field="sparsegen_cfg.enabled"),
-    Unread("MeteoRA", "NJUDeepEngine/meteora", key=".moe_gate.weight"),
-    Unread("MTL-LoRA", "pUmpKin-Co/MTL-LoRA", file="checkpoint/final_checkpoint.pt"),
-    Unread("X-LoRA's own program", "EricLBuehler/xlora; PEFT's X-LoRA is read", file="xlora_config.json"),
-)
+UNREAD = (Unread("LD-MoLE", "eshentw/LD-MoLE; without sparsegen it is read", field="sparsegen_cfg.enabled"),)
 
 
 def unread_layout(directory: Path) -> str:

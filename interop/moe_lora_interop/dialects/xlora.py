@@ -31,27 +31,32 @@ XLORA = Dialect(
         Field("router_temperature", "softmax_temperature", default=1.0),
         Field("top_k", "top_k_lora", default=None),
         Field("routed_scaling_factor", "global_scaling_weight", default=1.0),
+        Field("scaling_pass_value", "scaling_pass_value", default=0.0),
         *BOOKKEEPING,
     ),
     fixed={"scope": "model", "router_bias": True},
-    const={"peft_type": ("XLORA",), "scaling_pass_value": (0.0,)},
+    const={"peft_type": ("XLORA",)},
     cases=(
         (
             {"enable_softmax": True, "enable_softmax_topk": False, "top_k_lora": None},
-            {"norm_topk_prob": True, "top_k": None},
+            {"scoring_func": "softmax", "norm_topk_prob": True, "top_k": None},
         ),
         (
             {"enable_softmax": True, "enable_softmax_topk": False, "top_k_lora": SET},
-            {"norm_topk_prob": False, "top_k": SET},
+            {"scoring_func": "softmax", "norm_topk_prob": False, "top_k": SET},
+        ),
+        (  # the temperature is one of the softmax
+            {"enable_softmax": False, "enable_softmax_topk": False},
+            {"scoring_func": "identity", "norm_topk_prob": False, "router_temperature": 1.0},
         ),
         (
             {"enable_softmax": False, "enable_softmax_topk": True, "top_k_lora": SET, "softmax_temperature": 1.0},
-            {"norm_topk_prob": True, "top_k": SET, "router_temperature": 1.0},
+            {"scoring_func": "softmax", "norm_topk_prob": True, "top_k": SET, "router_temperature": 1.0},
         ),
     ),
     measured={"hidden_size": ("router_0", 1)},
     ignore=INERT | {"use_trainable_adapters"},  # what was trained
-    folders=Folders("adapters", outside=True),
+    folders=Folders("adapters", outside=True, as_object=True),
     stride=("xlora_dropout_p", 2, 3),
     notes="one softmax router for the model on its last hidden state; unequal ranks and alphas; the order of modules "
     "in a layerwise router is not stored",

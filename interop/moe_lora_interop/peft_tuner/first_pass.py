@@ -1,8 +1,8 @@
-"""The first of two passes: the base model's last hidden state, without gradient and without adapters."""
+"""The first of two passes: the last hidden state, without gradient, of the base model or with given gates."""
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,13 +41,13 @@ def batch_size(arguments: dict[str, Any]) -> int:
     return len(next(value for value in first if isinstance(value, Tensor)))
 
 
-def last_hidden_state(model: Any, arguments: dict[str, Any]) -> Tensor:
+def last_hidden_state(model: Any, arguments: dict[str, Any], *, with_adapters: bool = False) -> Tensor:
     """[batch, seq, hidden] after the final norm, of the base transformer of a transformers model."""
     transformer = model.base_model
     passed_on = {name: value for name, value in arguments.items() if name not in _NOT_PASSED_ON}
     if "use_cache" in inspect.signature(transformer.forward).parameters:
         passed_on["use_cache"] = False
-    with torch.no_grad(), _adapters_off(model):
+    with torch.no_grad(), nullcontext() if with_adapters else _adapters_off(model):
         return transformer(**passed_on)[0]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lora_interop.peft_tuner.first_pass import batch_size, call_arguments, last_hidden_state
-from moe_lora_interop.peft_tuner.refusals import CACHE_REFUSAL, TASKS_MISSING
+from moe_lora_interop.peft_tuner.refusals import CACHE_REFUSAL, FIRST_PASS_REFUSAL, TASKS_MISSING
 from moe_lora_interop.peft_tuner.shared_router import SharedRouter
 
 
@@ -16,7 +16,7 @@ class ModelRouter(SharedRouter):
     """Runs before the model's forward and leaves gates to the model's layers, or, in scope linear, the task ids.
 
     h is the last hidden state (after the final norm) of a first pass without gradient and without the adapters of this
-    method, arXiv:2402.07148; or a row of the task table, which needs no such pass.
+    method, or with every gate scaling_pass_value (arXiv:2402.07148); or a row of the task table, without such a pass.
 
     Gates stay until the next forward, as gradient checkpointing (non-reentrant) runs the layers again in the backward
     pass: with it, the backward pass of one forward has to come before the next forward with gradient. A forward
@@ -39,7 +39,8 @@ class ModelRouter(SharedRouter):
         """Routes.
 
         Raises:
-            ValueError: task ids that are missing or do not fit; a cache with a router that needs a first pass.
+            ValueError: task ids that are missing or do not fit; a cache with a router that needs a first pass; another
+                active adapter, where the first pass is with this one.
         """
         names = self.active_mixtures()
         if not names:
@@ -54,12 +55,27 @@ class ModelRouter(SharedRouter):
                 continue
             if arguments.get("past_key_values") is not None or arguments.get("cache") is not None:
                 raise ValueError(CACHE_REFUSAL.format(name=name))
-            hidden = last_hidden_state(model, arguments) if hidden is None else hidden
             first = self.router_parameters(name)[0]
             if first.is_meta:
                 self.require_values(name)
+            if hidden is None:
+                self.moe_lora_shared[name].value = self._first_gates(name)
+                with_adapter = self.moe_lora_shared[name].value is not None
+                hidden = last_hidden_state(model, arguments, with_adapters=with_adapter)
             x = hidden.reshape(-1, hidden.shape[-1]).to(first.device)
             self.moe_lora_shared[name].value = self.weights(name, self.route(name, x).gates)
+
+    def _first_gates(self, adapter_name: str) -> Tensor | None:
+        """The gates of one row in the first pass; None if the adapter takes no part in it."""
+        config = self.moe_lora_config[adapter_name]
+        if not config.scaling_pass_value:
+            return None
+        if len(self.active_adapters) > 1:
+            raise ValueError(FIRST_PASS_REFUSAL.format(name=adapter_name, value=config.scaling_pass_value))
+        logits = self.router_parameters(adapter_name)[-1].shape[0]  # of the last layer's weight or bias
+        gates = torch.full((1, logits), config.scaling_pass_value * config.routed_scaling_factor)
+        several = config.n_splits > 1 or config.layerwise
+        return gates.unflatten(-1, (-1, config.num_experts)) if several else gates
 
     def _from_tasks(self, adapter_name: str, arguments: dict[str, Any]) -> Tensor:
         config = self.moe_lora_config[adapter_name]

@@ -23,6 +23,11 @@ CACHE_REFUSAL = (
     "only the keys and values of the second: pass use_cache=False, to generate() too"
 )
 
+FIRST_PASS_REFUSAL = (
+    "adapter {name!r} takes part in the first pass of its own router (scaling_pass_value {value}); with other active "
+    "adapters it would be another pass: activate this one alone (set_adapter)"
+)
+
 BLOCK_REFUSAL = (
     "adapters {names} are active together on one feed-forward block, but {name} mixes whole blocks (scope ffn) and not "
     "linear layers, so their deltas cannot be added: activate one of them (set_adapter)"

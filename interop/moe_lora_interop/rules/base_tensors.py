@@ -1,4 +1,5 @@
-"""Tensors of the base model that PEFT puts into an adapter's file: of embeddings and heads, targeted or resized.
+"""Tensors of the base model in an adapter's file: PEFT puts embeddings and heads there, targeted or resized, and some
+programs the whole model.
 
 They are no part of the adapter. Where a base model is at hand they are compared with it: equal, they say nothing new;
 other values or shapes are trained or resized rows, which only PyTorch can use.
@@ -27,7 +28,12 @@ BASE_TENSORS = tuple(_rules())
 def base_tensors(by_rule: ByRule) -> dict[str, Tensor]:
     """{name below `PREFIX`: tensor} of those that such a rule claimed. "X.base_layer.weight" is "X.weight" there."""
     found = (tensors for rule, tensors in by_rule.items() if rule.copy == "base")
-    return {key.removeprefix(PREFIX): tensor for tensors in found for key, tensor in tensors.items()}
+    return {below_prefix(key): tensor for tensors in found for key, tensor in tensors.items()}
+
+
+def below_prefix(key: str) -> str:
+    """A stored key without what stands before every module's path."""
+    return key.removeprefix("main/").removeprefix(PREFIX)
 
 
 def name_in_base(name: str) -> str:

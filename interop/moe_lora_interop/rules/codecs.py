@@ -202,6 +202,17 @@ ONE_FOR_ALL = Codec(_one_for_all_ours, lambda name, config, modules: [getattr(co
 """Every expert's own config has the same value."""
 
 
+def _equal_theirs(name: str, config: MoeLoraConfig, modules: list[str]) -> Any:
+    value = getattr(config, name)
+    if isinstance(value, list):
+        raise ConfigError(name, [f"{name}: found {value}, this layout has one for all experts"])
+    return [value] * config.num_experts
+
+
+EQUAL = Codec(_one_for_all_ours, _equal_theirs)
+"""As `ONE_FOR_ALL`, of a value that we may have per expert."""
+
+
 def _if_deep_ours(name: str, value: Any, ours: Values, modules: list[str]) -> None:
     ours[name] = value if ours["router_depth"] > 1 else None
 

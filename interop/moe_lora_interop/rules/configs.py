@@ -42,6 +42,11 @@ def config_of(
     problems = [*_unknown_fields(dialect, raw), *problems]
     if dialect.experts_from_tensors:
         _count_experts(tensors, modules, ours)
+    for name, (role, axis) in dialect.counted.items():
+        sizes = {t.shape[axis] for (_, found), t in tensors.items() if found == role}
+        ours |= dict.fromkeys([name] if sizes else [], max(sizes, default=0))
+        if len(sizes) > 1:
+            problems.append(f"{name}: the tensors say {sorted(sizes)}, expected one number for all modules")
     problems += [
         f"{name}: found {raw.get(name)!r}, the tensors say {tensors['', role].shape[axis]}"
         for name, (role, axis) in dialect.measured.items()
@@ -50,13 +55,14 @@ def config_of(
     for field in dialect.fields:
         value = lookup(raw, field.theirs, field.default)
         if value is REQUIRED:
-            problems.append(f"{field.theirs}: missing field")
+            if "experts" in raw or not (dialect.folders and dialect.folders.by_option):  # else an option is missing
+                problems.append(f"{field.theirs}: missing field")
             continue
         _apply(field.codec.ours, field.ours, value, ours, modules, problems)
     for option in dialect.options:
         value = options.get(option.name, option.default)
-        if value is not REQUIRED and option.name in _DEFAULTS:
-            _apply(option.codec.ours, option.name, value, ours, modules, problems)
+        if value is not REQUIRED and option.field in _DEFAULTS:
+            _apply(option.codec.ours, option.field, value, ours, modules, problems)
     if dialect.cases:
         problems.extend(_apply_case(dialect, raw, ours))
     ours["revision"] = raw.get("revision")
@@ -120,7 +126,9 @@ def recorded_fields(dialect: Dialect) -> set[str]:
 
 def options_of(dialect: Dialect, config: MoeLoraConfig, modules: list[str]) -> dict[str, Any]:
     """The options with which reading the written directory gives this config again."""
-    found = {o.name: o.codec.theirs(o.name, config, modules) for o in dialect.options if o.name in _DEFAULTS}
+    found = {o.name: o.codec.theirs(o.field, config, modules) for o in dialect.options if o.field in _DEFAULTS}
+    if dialect.folders is not None and dialect.folders.by_option:
+        found[dialect.folders.listed_in] = [dialect.folders.name.format(expert=n) for n in range(config.num_experts)]
     layerwise = config.layerwise and any(f.ours == "layerwise" for f in dialect.fields)
     return found | ({"module_order": config.module_order} if layerwise else {})
 
@@ -163,7 +171,7 @@ def _unknown_fields(dialect: Dialect, raw: Mapping[str, Any]) -> list[str]:
         known.add(dialect.stride[0])
     problems = _unread(_unfolded(raw, known | dialect.ignore), known, dialect.ignore, dialect)
     of_expert = {name.removeprefix("experts.") for name in known if name.startswith("experts.")} | set(BOOKKEEPING)
-    for number, expert in enumerate(raw["experts"] if dialect.folders is not None else []):
+    for number, expert in enumerate(raw.get("experts", []) if dialect.folders is not None else []):
         fields = {name: value for name, value in expert.items() if EXPERT_CONST.get(name) != value}
         problems += [f"expert {number}: {problem}" for problem in _unread(fields, of_expert, INERT, dialect)]
     return [*problems, *dialect.const_problems(raw)]

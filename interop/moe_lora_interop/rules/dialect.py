@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_lora_interop.config.allowed import LARGEST
 from moe_lora_interop.rules.codecs import SAME, Codec
+from moe_lora_interop.rules.derived import Derive
 from moe_lora_interop.rules.tensors import Rule, claim
 
 SET = object()
@@ -37,16 +39,23 @@ class Option:
     """A config value that the layout does not record and the reader must be given.
 
     Args:
-        name: keyword of `moe_lora_interop.read`, and the field of `MoeLoraConfig` that it sets.
+        name: keyword of `moe_lora_interop.read`.
         what: one line for the error that asks for it.
         codec: how the value given corresponds to ours.
         default: value where it is not given; `REQUIRED` if it must be.
+        ours: the field of `MoeLoraConfig` that it sets, if that has another name.
     """
 
     name: str
     what: str
     codec: Codec = SAME
     default: Any = REQUIRED
+    ours: str = ""
+
+    @property
+    def field(self) -> str:
+        """The field that it sets, if it sets one."""
+        return self.ours or self.name
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ class Folders:
         name: template of a folder's name when writing.
         outside: whether they may lie outside of the directory.
         sidecar: .npz file of further tensors, read if it exists or if an option of its name (without suffix) gives one.
+        config: name of the main config.
+        weights: name of the file of main tensors; .pt is read in place of .safetensors.
+        as_object: whether `listed_in` is an object {number: path}; a list otherwise.
+        by_option: no file names the folders, the reader's option `listed_in` does. Only their configs are read, then:
+            the main file has the tensors of every expert.
     """
 
     listed_in: str
@@ -66,6 +80,10 @@ class Folders:
     name: str = "expert_{expert}"
     outside: bool = False
     sidecar: str = ""
+    config: str = "adapter_config.json"
+    weights: str = "adapter_model.safetensors"
+    as_object: bool = False
+    by_option: bool = False
 
 
 def lookup(raw: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -100,9 +118,14 @@ class Dialect:
         options: what the layout does not record.
         plain: whether a module without a router is plain LoRA (otherwise it is incomplete).
         experts_from_tensors: whether num_experts is counted in the tensors.
-        weights: file name written; .safetensors and .bin are both read.
+        counted: {our field: (role, axis)}: sizes that only the tensors say; the same in every module.
+        weights: file name written; of adapter_model, .safetensors and .bin are both read.
         measured: {their field: (role, axis)}: sizes that their config repeats from the tensors.
         folders: where the experts are, if not in the same file.
+        derive: computes our tensors from what `rules` make of the stored ones, where these are not ours themselves (see
+            `derived`).
+        read_only: why the layout cannot be written; "" if it can.
+        depth: their field with the number of a router's layers; `{last}` in a rule is the number of the last one.
         stride: (their field, stride if it is zero or absent, stride otherwise) for `{j*stride}` in a key.
         config_file: whether there is an adapter_config.json.
         metadata: what a save writes into the header of .safetensors.
@@ -125,9 +148,13 @@ class Dialect:
     options: tuple[Option, ...] = ()
     plain: bool = False
     experts_from_tensors: bool = False
+    counted: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     weights: str = "adapter_model.safetensors"
     measured: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     folders: Folders | None = None
+    derive: Derive | None = None
+    read_only: str = ""
+    depth: str = ""
     stride: tuple[str, int, int] | None = None
     config_file: bool = True
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
@@ -136,13 +163,26 @@ class Dialect:
     notes: str = ""
     hint: str = ""
 
+    @property
+    def has_own_file(self) -> bool:
+        """Whether its tensors are in a file of a name that no other kind of layout has."""
+        in_folders = self.folders is not None and not self.folders.by_option
+        return not in_folders and not self.weights.startswith("adapter_model.")
+
     def specialised(self, raw: Mapping[str, Any]) -> "Dialect":
-        """The same table with `{j*stride}` resolved by their config."""
+        """The same table with `{j*stride}` and `{last}` resolved by their config."""
         if self.stride is None:
             return self
         name, without, otherwise = self.stride
         factor = otherwise if raw.get(name) else without
-        rules = tuple(dataclasses.replace(r, key=re.sub(r"\*stride}", f"*{factor}}}", r.key)) for r in self.rules)
+        depth = raw.get(self.depth)
+        last = depth - 1 if isinstance(depth, int) and 0 < depth < LARGEST else 0  # what is wrong, `fields` say
+        rules = tuple(
+            dataclasses.replace(
+                rule, key=re.sub(r"\*stride}", f"*{factor}}}", rule.key), role=rule.role.replace("{last}", str(last))
+            )
+            for rule in self.rules
+        )
         return dataclasses.replace(self, rules=rules, stride=None)
 
     def const_problems(self, raw: Mapping[str, Any]) -> list[str]:
@@ -153,6 +193,11 @@ class Dialect:
             for name, allowed, value in found
             if value is not None and value not in allowed and SET not in allowed
         ]
+
+    def claims_any(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a tensor of these is one of an adapter in this layout."""
+        claimed = (claim(self.rules, name, len(shape)) for name, shape in shapes.items())
+        return any(rule is not None and rule.copy == "" for rule in claimed)
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]], raw: Mapping[str, Any]) -> list[str]:
         """Why a directory with these tensors and this config is not in this layout; empty if it is."""

@@ -109,6 +109,13 @@ def named_modules_problem(value: Any) -> str:
     return f"which means {REFUSED['modules_to_save']}, and the file has none"
 
 
+def whole_batch_problem(value: Any) -> str:
+    """X-LoRA's own second softmax; PEFT's is one of each token's scores."""
+    if not value:
+        return ""
+    return "which is one softmax over every kept score of a batch: a token's gates depend on all other tokens"
+
+
 # Why a value of an ignored field may not be ignored; "" if it may.
 CHECKED: Mapping[str, Callable[[Any], str]] = {
     "init_lora_weights": init_problem,
@@ -116,4 +123,5 @@ CHECKED: Mapping[str, Callable[[Any], str]] = {
     "act_fn": activation_problem,
     "modules_to_save": named_modules_problem,
     "sparsegen_cfg": sparsegen_problem,
+    "enable_softmax_topk": whole_batch_problem,
 }

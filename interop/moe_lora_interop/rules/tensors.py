@@ -33,9 +33,15 @@ ROLES = {
     "task_embedding": "task dim",
     "router_{j}": "unit in",
     "router_bias_{j}": "unit",
+    # of layouts that have them in place of ours (`derived`)
+    "core": "expert rank code",
+    "up": "unit out rank",
+    "up_logits": "task unit",
+    "task_matrix": "task rank code",
+    "task_diagonal": "task rank",
 }
 # `logit` counts a router's outputs: the experts, times splits or layers where there are any; `one` has size 1.
-AXES = frozenset({"expert", "rank", "in", "out", "layer", "one", "logit", "unit", "split", "task", "dim", "head"})
+AXES = frozenset("expert rank code in out layer one logit unit split task dim head".split())
 NUMBERS = AXES | {"j"}  # j numbers the layers of a router; it is no axis
 
 
@@ -121,8 +127,9 @@ class Rule:
         module: template of the canonical module path; "" is the model itself.
         canonical_axes: the same tensor's canonical axes, where joined axes must be told apart.
         copy: "" for a tensor of its own; "same" for a duplicate of another rule's tensor, compared bit by bit when read
-            and written only on request; "dead" for one that no forward pass uses: ignored, never written; "base" for
-            one of the base model: never written (see `base_tensors`).
+            and written only on request; "stale" for one that may be older than the tensor itself: written, never read;
+            "dead" for one that no forward pass uses: ignored, never written; "base" for one of the base model: never
+            written (see `base_tensors`).
     """
 
     role: str
@@ -130,7 +137,7 @@ class Rule:
     axes: str
     module: str = "{module}"
     canonical_axes: str = ""
-    copy: Literal["", "same", "dead", "base"] = ""
+    copy: Literal["", "same", "stale", "dead", "base"] = ""
 
     @cached_property
     def stored(self) -> Side:
@@ -176,7 +183,7 @@ def claimed(rules: Sequence[Rule], stored: Mapping[str, Tensor]) -> tuple[ByRule
         rule = claim(rules, key, tensor.ndim)
         if rule is None:
             problems.append(f"{key} {list(tensor.shape)}: unexpected tensor, no rule of this layout describes it")
-        elif rule.copy != "dead":
+        elif rule.copy not in ("stale", "dead"):
             by_rule.setdefault(rule, {})[key] = tensor
     return by_rule, problems
 
@@ -214,11 +221,12 @@ def encode(
     problems = []
     for (module, role), tensor in canonical.items():
         name = f"{module}|{role}"
-        fitting = [r for r in rules if r.copy in ("", "same") and r.canonical.bind(name) is not None]
+        fitting = [r for r in rules if r.copy in ("", "same", "stale") and r.canonical.bind(name) is not None]
         if len({r.lacks_experts for r in fitting}) > 1:
             plain = sizes(module).get("expert") == 1
             fitting = [r for r in fitting if r.lacks_experts == plain]
-        chosen = [r for r in fitting if r.copy == "same" and duplicates] + [r for r in fitting if r.copy == ""][:1]
+        copies = ("same", "stale") if duplicates else ("stale",)
+        chosen = [r for r in fitting if r.copy in copies] + [r for r in fitting if r.copy == ""][:1]
         if not fitting:
             problems.append(f"{name.replace('|', ' ').strip()}: this layout has no place for it")
         for rule in chosen:
