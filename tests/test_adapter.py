@@ -392,7 +392,7 @@ def test_an_adapter_without_tensors_is_refused():
 
 def test_a_newer_version_says_upgrade_before_anything_else(saved):
     directory, _ = saved
-    rewrite(directory, lambda c: c.update(format_version=2, brand_new=1), lambda t: t.clear())
+    rewrite(directory, lambda c: c.update(format_version=3, brand_new=1), lambda t: t.clear())
     with pytest.raises(ConfigError, match="upgrade moe-lora-jax"):
         moe_lora_interop.read(directory)
 

@@ -74,7 +74,6 @@ WRONG = {
     "router_aux_loss_delta": (NOT_FRACTION, "[0, 1)"),
     "router_aux_loss_coef": (NOT_COEFFICIENT, "finite number >= 0"),
     "router_z_loss_coef": (NOT_COEFFICIENT, "finite number >= 0"),
-    "format_version": ((0, 2, -1, "1", None, True, [1]), "1"),
     "peft_type": (("LORA", None, 1), "MOE_LORA"),
     "base_model_name_or_path": (NOT_TEXT, "string"),
     "revision": (NOT_TEXT, "string"),
@@ -91,7 +90,7 @@ def label(case):
 
 
 def test_every_field_has_wrong_values_here():
-    assert WRONG.keys() == {f.name for f in dataclasses.fields(MoeLoraConfig)}
+    assert WRONG.keys() == {f.name for f in dataclasses.fields(MoeLoraConfig) if f.init}
 
 
 @pytest.mark.parametrize(("field", "value"), CASES, ids=label)
@@ -230,12 +229,42 @@ def test_defaults_are_the_documented_ones():
     )
 
 
-def test_added_fields_are_written_only_where_they_are_not_the_default():
-    added = {f.name for f in dataclasses.fields(MoeLoraConfig) if f.metadata.get("added")}
-    assert added and not added & MoeLoraConfig().to_dict().keys()
-    config = MoeLoraConfig(top_k=1, top_p=0.5)
-    assert added & config.to_dict().keys() == {"top_p"}
+@pytest.mark.parametrize(
+    ("fields", "version"),
+    [
+        ({}, 1),
+        ({"scoring_func": "sigmoid", "top_k": 1}, 1),
+        ({"top_p": 0.5, "top_k": 1}, 2),
+        ({"scoring_func": "identity", "norm_topk_prob": False}, 2),
+    ],
+)
+def test_the_version_is_the_oldest_that_can_say_the_config(fields, version):
+    config = MoeLoraConfig(**fields)
+    later = {"top_p", "entropy_threshold", "entropy_index", "entropy_eps", "scaling_pass_value"}
+    assert config.format_version == config.to_dict()["format_version"] == version
+    assert later & config.to_dict().keys() == later & fields.keys()
     assert MoeLoraConfig.from_dict(config.to_dict()) == config
+    back = dataclasses.replace(config, top_p=None, scoring_func="softmax", norm_topk_prob=True)
+    assert back.format_version == 1
+
+
+def test_a_file_of_version_1_has_nothing_of_version_2():
+    data = {**MoeLoraConfig(top_k=1, top_p=0.5, entropy_threshold=0.9).to_dict(), "format_version": 1}
+    with pytest.raises(ConfigError) as error:
+        MoeLoraConfig.from_dict(data)
+    assert error.value.problems == [
+        "top_p: found 0.5, expected what format_version 1 can say",
+        "entropy_threshold: found 0.9, expected what format_version 1 can say",
+    ]
+    data = MoeLoraConfig(scoring_func="identity", norm_topk_prob=False).to_dict() | {"format_version": 1}
+    with pytest.raises(ConfigError, match="scoring_func: found 'identity', expected what format_version 1 can"):
+        MoeLoraConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", None, True, [1], 1.5], ids=repr)
+def test_a_version_that_is_none(version):
+    with pytest.raises(ConfigError, match="format_version: (found|missing).*expected 1 or 2"):
+        MoeLoraConfig.from_dict({**MoeLoraConfig().to_dict(), "format_version": version})
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------
@@ -331,8 +360,8 @@ def test_an_unknown_field_that_is_null_is_accepted():
 
 
 def test_a_newer_format_version_says_upgrade_and_not_what_it_does_not_know():
-    data = {**MoeLoraConfig().to_dict(), "format_version": 2, "new_field": 1, "r": "new meaning"}
-    with pytest.raises(ConfigError, match=r"format_version: found 2.*upgrade") as error:
+    data = {**MoeLoraConfig().to_dict(), "format_version": 3, "new_field": 1, "r": "new meaning"}
+    with pytest.raises(ConfigError, match=r"format_version: found 3.*upgrade") as error:
         MoeLoraConfig.from_dict(data)
     assert len(error.value.problems) == 1
 

@@ -53,7 +53,9 @@ def test_the_config_table_is_the_config():
         assert json.loads(default.strip("`")) == value, name
         assert allowed == field.metadata["words"], name
         assert len(meaning) > 8, name
-        assert meaning.startswith("added: ") == bool(field.metadata.get("added")), name
+        assert meaning.startswith("version 2: ") == ("version" in field.metadata and not field.metadata["values"]), name
+        for value in field.metadata.get("values", ()):
+            assert f"`{field.name}` {value}" in DOC
 
 
 def test_names_in_the_text_exist():

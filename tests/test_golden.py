@@ -164,9 +164,9 @@ one = pytest.mark.parametrize("golden", ["native/minimal"], indirect=True)
 @one
 @readers
 def test_a_newer_version_is_refused_by_name(golden, read, tmp_path):
-    directory = copy_with(golden, tmp_path, format_version=2, from_the_future=1, r="another meaning")
+    directory = copy_with(golden, tmp_path, format_version=3, from_the_future=1, r="another meaning")
     with pytest.raises(
-        moe_lora_interop.ConfigError, match="upgrade moe-lora-jax to a release that reads version 2"
+        moe_lora_interop.ConfigError, match="upgrade moe-lora-jax to a release that reads version 3"
     ) as error:
         read(directory)
     assert len(error.value.problems) == 1

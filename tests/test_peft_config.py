@@ -80,8 +80,8 @@ def test_copies_and_pickles():
         ({"top_k": 5}, "top_k: found 5, expected at most num_experts = 4"),
         ({"scoring_func": "argmax"}, "scoring_func: found 'argmax', expected one of softmax, abs_softmax, sigmoid"),
         ({"gate_noise": 0.1}, "gate_noise: unknown field with value 0.1"),
-        ({"format_version": 2}, "format_version: found 2, this release reads up to 1"),
-        ({"format_version": 2, "gate_noise": 1}, "upgrade"),
+        ({"format_version": 3}, "format_version: found 3, this release reads up to 2"),
+        ({"format_version": 3, "gate_noise": 1}, "upgrade"),
         ({"peft_type": "LORA"}, "peft_type: found 'LORA', expected 'MOE_LORA'"),
     ],
 )

@@ -185,7 +185,7 @@ def test_a_missing_module_to_save_is_loud(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version: found 2, this release reads up to 1"),
+        ({"format_version": 3}, "format_version: found 3, this release reads up to 2"),
         ({"gate_noise": 0.1}, "gate_noise: unknown field with value 0.1"),
         ({"top_k": 9}, "top_k: found 9, expected at most num_experts = 3"),
         ({"target_modules": ["q_porj", "down_proj"]}, "'q_porj': .*did you mean q_proj"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.train.settings import TrainSettings
@@ -78,8 +78,9 @@ class AdapterFlags:
                 raise ConfigError("init_adapter brings its own config", problems)
             return {**given, **base}
         from_file = read_json(self.adapter_config) if self.adapter_config is not None else {}
-        version = MoeLoraConfig.format_version
-        defaults = {"format_version": version, "task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR}
+        if from_file.get("format_version", 1) == 1:
+            from_file["format_version"] = FORMAT_VERSION  # flags may say what version 1 cannot
+        defaults = {"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR}
         return {**defaults, **from_file, **given, **base}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
+from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.base_name import HubName, hub_name
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.dialects.native import NATIVE
@@ -116,7 +116,7 @@ def model_card(
     return _TEMPLATE.format(
         metadata=_naming(metadata, known),
         base=base if known is None else known.id,
-        version=FORMAT_VERSION,
+        version=config.format_version,
         experts=config.num_experts,
         r=config.r,
         scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",

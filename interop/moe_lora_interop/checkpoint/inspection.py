@@ -118,7 +118,7 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
 
 
 def _metadata_findings(adapter: OpenAdapter) -> Iterator[Finding]:
-    metadata, expected = adapter.metadata, adapter.dialect.metadata
+    metadata, expected = adapter.metadata, adapter.dialect.header(adapter.config.to_dict())
     if DIGEST not in metadata:
         yield Finding("note", "no digest in the file (PEFT writes none): damage to the tensors would not be noticed")
     for key in sorted(metadata.keys() - expected.keys() - {DIGEST}):

@@ -141,7 +141,7 @@ def write(
         infos = {n: TensorInfo(STORED[t.dtype.name], t.shape) for n, t in tensors.items()}
         card = model_card(config, infos, end_ids=end_ids_beside(target))
         writers[CARD_NAME] = lambda p: p.write_text(card, "utf-8", errors="replace")
-    state = begun(config.semantic_dict(), tensors, table.metadata) if table.signed else None
+    state = begun(config.semantic_dict(), tensors, table.header(raw)) if table.signed else None
     writers |= store(table, raw, tensors, state)
     replace_files(target, writers, stale=checkpoint_files(target, file_dialects()))
 

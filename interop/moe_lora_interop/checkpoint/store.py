@@ -25,7 +25,7 @@ def store(
     folders = dialect.folders
     if folders is None:
         config = {files.CONFIG_NAME: _json_writer(raw)} if dialect.config_file else {}
-        return {**config, dialect.weights: _tensor_writer(tensors, dialect.metadata, dialect.weights, state)}
+        return {**config, dialect.weights: _tensor_writer(tensors, dialect.header(raw), dialect.weights, state)}
     writers: dict[str, Callable[[Path], None]] = {}
     main = {k: v for k, v in raw.items() if k not in ("experts", "num_experts")}
     names = [folders.name.format(expert=n) for n in range(raw["num_experts"])]
@@ -34,12 +34,12 @@ def store(
         of_expert = {**raw["experts"][n], "peft_type": "LORA", "bias": "none"}
         of_expert |= {k: raw[k] for k in ("base_model_name_or_path", "task_type") if k in raw}
         writers[f"{name}/{files.CONFIG_NAME}"] = _json_writer(of_expert)
-        writers[f"{name}/{files.WEIGHTS_NAME}"] = _tensor_writer(_under(tensors, f"{n}/"), dialect.metadata)
+        writers[f"{name}/{files.WEIGHTS_NAME}"] = _tensor_writer(_under(tensors, f"{n}/"), dialect.header(raw))
     prefix = f"{folders.main}/" if folders.main else ""
     if folders.sidecar and (sidecar := _under(tensors, "sidecar/")):
         writers[folders.sidecar] = lambda path: write_npz(path, sidecar)
     if top := _under(tensors, "main/"):
-        writers[f"{prefix}{folders.weights}"] = _tensor_writer(top, dialect.metadata)
+        writers[f"{prefix}{folders.weights}"] = _tensor_writer(top, dialect.header(raw))
     if dialect.config_file:
         writers[f"{prefix}{folders.config}"] = _json_writer(main)
     return writers

@@ -41,7 +41,8 @@ def inspect(
         print(f"  {name:<{width}}  {info.dtype:<4}  {list(info.shape)}")
     print()
     console = Console()
-    config, version = found.config, dialect_named(found.layout).metadata.get("format_version")
+    config = found.config
+    version = dialect_named(found.layout).header(config.to_dict()).get("format_version")
     for name, value in (
         ("layout", found.layout + (f", format version {version}" if version else "")),
         ("base model", config.base_model_name_or_path or "not recorded"),

@@ -57,11 +57,12 @@ from moe_lora_interop.config.allowed import (
     TARGETS,
     TEXT,
     TOP_K_PATTERN,
-    added,
+    Allowed,
     exactly,
     integer,
     one_of,
     optional,
+    since,
 )
 from moe_lora_interop.config.combinations import clashes
 from moe_lora_interop.config.patterns import first_match, pattern_for
@@ -69,8 +70,11 @@ from moe_lora_interop.config.presets import PRESETS, SHARE
 from moe_lora_interop.config.targets import Targets
 from moe_lora_interop.errors import ConfigError, did_you_mean, expected
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest one; a file has the oldest that can say its config
 PEFT_TYPE = "MOE_LORA"
+_ROUTER_INPUT = since(2, one_of("hidden", "task", "expert_activations"), "expert_activations")
+_SCORE = since(2, one_of("softmax", "abs_softmax", "sigmoid", "identity"), "identity")
+_VERSION = Allowed(holds=lambda v: v in (1, 2), words="1 or 2")
 PATTERNS = {
     "rank_pattern": "r",
     "alpha_pattern": "lora_alpha",
@@ -141,7 +145,7 @@ class MoeLoraConfig:
         router_aux_loss_delta: delta of the localized loss: how far the two halves of the experts are pulled apart.
         router_aux_loss_coef: coefficient of the balancing loss.
         router_z_loss_coef: coefficient of the z loss (arXiv:2202.08906).
-        format_version: version of the native file format.
+        format_version: the oldest version of the native file format that can say all this; it follows from the rest.
         peft_type: marks the format.
         base_model_name_or_path: bookkeeping of PEFT: the base model.
         revision: bookkeeping of PEFT: of the base model.
@@ -171,26 +175,28 @@ class MoeLoraConfig:
     modules_to_save: list[str] | None = field(default=None, metadata=optional(MODULE_NAMES))
 
     scope: str = field(default="linear", metadata=one_of("linear", "ffn", "model"))
-    router_input: str = field(default="hidden", metadata=one_of("hidden", "task", "expert_activations"))
+    router_input: str = field(default="hidden", metadata=ROUTER_INPUT)
     router_depth: int = field(default=1, metadata=integer(0))
     router_hidden_size: int | None = field(default=None, metadata=optional(integer(1)))
     num_tasks: int | None = field(default=None, metadata=optional(integer(1)))
     task_embedding_dim: int | None = field(default=None, metadata=optional(integer(1)))
     layerwise: bool = field(default=False, metadata=BOOL)
     module_order: list[str] | None = field(default=None, metadata=optional(MODULE_PATHS))
-    scaling_pass_value: float = field(default=0.0, metadata=added(FINITE))
+    scaling_pass_value: float = field(default=0.0, metadata=since(2, FINITE))
     mix: str = field(default="outputs", metadata=one_of("outputs", "weights"))
     n_splits: int = field(default=1, metadata=integer(1))
     router_bias: bool = field(default=False, metadata=BOOL)
-    scoring_func: str = field(default="softmax", metadata=one_of("softmax", "abs_softmax", "sigmoid", "identity"))
+    scoring_func: str = field(
+        default="softmax", metadata=since(2, one_of("softmax", "abs_softmax", "sigmoid", "identity"), "identity")
+    )
     router_temperature: float = field(default=1.0, metadata=POSITIVE)
     top_k: int | None = field(default=None, metadata=optional(integer(1), "null (dense) or "))
     threshold: float | None = field(default=None, metadata=optional(PROBABILITY))
     adaptive_threshold: bool = field(default=False, metadata=BOOL)
-    top_p: float | None = field(default=None, metadata=added(optional(PROBABILITY)))
-    entropy_threshold: float | None = field(default=None, metadata=added(optional(FRACTION)))
-    entropy_index: float = field(default=1.0, metadata=added(POSITIVE))
-    entropy_eps: float = field(default=0.0, metadata=added(FRACTION))
+    top_p: float | None = field(default=None, metadata=since(2, optional(PROBABILITY)))
+    entropy_threshold: float | None = field(default=None, metadata=since(2, optional(FRACTION)))
+    entropy_index: float = field(default=1.0, metadata=since(2, POSITIVE))
+    entropy_eps: float = field(default=0.0, metadata=since(2, FRACTION))
     norm_topk_prob: bool = field(default=True, metadata=BOOL)
     routed_scaling_factor: float = field(default=1.0, metadata=POSITIVE)
 
@@ -203,7 +209,7 @@ class MoeLoraConfig:
     router_aux_loss_coef: float = field(default=0.0, metadata=NOT_NEGATIVE)
     router_z_loss_coef: float = field(default=0.0, metadata=NOT_NEGATIVE)
 
-    format_version: int = field(default=FORMAT_VERSION, metadata=exactly(FORMAT_VERSION))
+    format_version: int = field(init=False, default=1, metadata=_VERSION)
     peft_type: str = field(default=PEFT_TYPE, metadata=exactly(PEFT_TYPE))
     base_model_name_or_path: str | None = field(default=None, compare=False, metadata=optional(TEXT))
     revision: str | None = field(default=None, compare=False, metadata=optional(TEXT))
@@ -213,6 +219,7 @@ class MoeLoraConfig:
     peft_version: str | None = field(default=None, compare=False, metadata=optional(TEXT))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "format_version", max([1, *self._later().values()]))
         right: dict[str, Any] = {}
         problems: list[str] = []
         for f in dataclasses.fields(self):
@@ -316,11 +323,21 @@ class MoeLoraConfig:
         others = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         return dataclasses.replace(self, target_modules=names, **others, **patterns)  # type: ignore[arg-type]
 
+    def _later(self) -> dict[str, int]:
+        """{field: the format version that its value needs}, of those that version 1 cannot say."""
+        found = {}
+        for f in dataclasses.fields(self):
+            value, values = getattr(self, f.name), f.metadata.get("values")
+            if "version" in f.metadata and (value in values if values else value != f.default):
+                found[f.name] = f.metadata["version"]
+        return found
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary, the inverse of `from_dict`: every field, but an `added` one only where it is not the
-        default."""
-        values = {f: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {f.name: _as_json(v) for f, v in values.items() if not (f.metadata.get("added") and v == f.default)}
+        """JSON-ready dictionary, the inverse of `from_dict`: every field of version 1, and others where they say
+        something."""
+        later = {f.name for f in dataclasses.fields(self) if "version" in f.metadata and not f.metadata["values"]}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in later - self._later().keys()]
+        return {name: _as_json(getattr(self, name)) for name in names}
 
     def semantic_dict(self) -> dict[str, Any]:
         """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
@@ -354,10 +371,17 @@ class MoeLoraConfig:
             if k not in known and v is not None
         ]
         if version is None:
-            unknown.append(f"format_version: missing, expected {FORMAT_VERSION}")
+            unknown.append("format_version: missing, expected 1 or 2")
+        elif not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            unknown.append(f"format_version: found {version!r}, expected 1 or 2")
         if unknown:
             raise ConfigError("invalid MoeLoraConfig or adapter_config.json", unknown)
-        return cls(**{k: v for k, v in data.items() if k in known})
+        found = cls(**{k: v for k, v in data.items() if k in known and k != "format_version"})
+        later = [n for n, needed in found._later().items() if needed > version]  # type: ignore[operator]
+        if later:
+            problems = [f"{n}: found {data[n]!r}, expected what format_version {version} can say" for n in later]
+            raise ConfigError("invalid adapter_config.json", problems)
+        return found
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "MoeLoraConfig":

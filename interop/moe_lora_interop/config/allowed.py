@@ -10,17 +10,18 @@ LARGEST = 2**16  # of ranks, experts, sizes: beyond any use, and small enough th
 
 
 class Allowed(TypedDict):
-    """`holds` says whether a value is allowed, `words` which values are; `added`: see the function."""
+    """`holds` says whether a value is allowed, `words` which values are; `version` and `values`: see `since`."""
 
     holds: Callable[[Any], bool]
     words: str
-    added: NotRequired[bool]
+    version: NotRequired[int]
+    values: NotRequired[tuple[str, ...]]
 
 
-def added(allowed: Allowed) -> Allowed:
-    """Of a field that the first files of the format's version do not have: files have it only where it is not the
-    default, so that what could be said before is written as before."""
-    return Allowed(**allowed, added=True)
+def since(version: int, allowed: Allowed, *values: str) -> Allowed:
+    """What only a later version of the file format can say: a field, which files of that version have only where it is
+    not the default; or, with `values`, these values of a field that was there before."""
+    return Allowed(**allowed, version=version, values=values)
 
 
 def integer(low: int) -> Allowed:
@@ -42,8 +43,8 @@ def one_of(*values: str) -> Allowed:
     return Allowed(holds=lambda v: isinstance(v, str) and v in values, words=f"one of {', '.join(values)}")
 
 
-def exactly(value: int | str) -> Allowed:
-    return Allowed(holds=lambda v: v == value and not isinstance(v, bool), words=str(value))
+def exactly(value: str) -> Allowed:
+    return Allowed(holds=lambda v: v == value, words=value)
 
 
 def optional(allowed: Allowed, null: str = "null or ") -> Allowed:

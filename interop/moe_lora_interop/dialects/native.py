@@ -1,13 +1,13 @@
-"""Native format version 1: what PEFT's own save_pretrained writes for the MOE_LORA tuner. See FORMAT.md."""
+"""Native format, versions 1 and 2: what PEFT's own save_pretrained writes for the MOE_LORA tuner. See FORMAT.md."""
 
-from moe_lora_interop.config.adapter_config import FORMAT_VERSION, PEFT_TYPE
+from moe_lora_interop.config.adapter_config import PEFT_TYPE
 from moe_lora_interop.rules.base_tensors import BASE_TENSORS
 from moe_lora_interop.rules.dialect import Dialect
 from moe_lora_interop.rules.tensors import Rule
 
 NATIVE = Dialect(
     name="native",
-    source="moe-lora-jax, format version 1",
+    source="moe-lora-jax, format versions 1 and 2",
     rules=(
         Rule("lora_A", "base_model.model.{module}.moe_lora_A", "expert rank in"),
         Rule("lora_B", "base_model.model.{module}.moe_lora_B", "expert out rank"),
@@ -24,7 +24,7 @@ NATIVE = Dialect(
     needs=frozenset({"lora_A", "lora_B"}),
     own_config=True,
     const={"peft_type": (PEFT_TYPE,)},
-    metadata={"format": "pt", "format_version": str(FORMAT_VERSION)},
+    metadata={"format": "pt", "format_version": "{format_version}"},
     signed=True,
     card=True,
 )

@@ -51,7 +51,7 @@ class MoeLoraConfig(_Fields):  # type: ignore[misc, valid-type]
     @property
     def neutral(self) -> neutral_config.MoeLoraConfig:
         """The same values as an `moe_lora_interop.MoeLoraConfig`, validated anew."""
-        return _NEUTRAL(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_NEUTRAL)})
+        return _NEUTRAL(**{f.name: getattr(self, f.name) for f in dataclasses.fields(_NEUTRAL) if f.init})
 
     def to_dict(self) -> dict[str, Any]:
         """What save_pretrained writes: the neutral config's JSON, so that both frameworks write the same file."""

@@ -128,7 +128,7 @@ class Dialect:
         depth: their field with the number of a router's layers; `{last}` in a rule is the number of the last one.
         stride: (their field, stride if it is zero or absent, stride otherwise) for `{j*stride}` in a key.
         config_file: whether there is an adapter_config.json.
-        metadata: what a save writes into the header of .safetensors.
+        metadata: what a save writes into the header of .safetensors; {name} stands for a field of the config.
         signed: whether it adds a digest of config and tensors, which is checked where there is one.
         card: whether it adds a README.md that says what the adapter is and how to load it.
         notes: what the layout cannot express, in a sentence.
@@ -168,6 +168,10 @@ class Dialect:
         """Whether its tensors are in a file of a name that no other kind of layout has."""
         in_folders = self.folders is not None and not self.folders.by_option
         return not in_folders and not self.weights.startswith("adapter_model.")
+
+    def header(self, raw: Mapping[str, Any]) -> dict[str, str]:
+        """The header metadata of a file with this config."""
+        return {key: value.format_map(raw) for key, value in self.metadata.items()}
 
     def specialised(self, raw: Mapping[str, Any]) -> "Dialect":
         """The same table with `{j*stride}` and `{last}` resolved by their config."""
