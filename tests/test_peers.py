@@ -184,6 +184,22 @@ def test_the_weights_of_the_base_that_lie_inside_are_checked_or_said(tmp_path):
         mlj.load_adapter(other, peer.directory, **peer.options)
 
 
+def test_a_full_state_with_something_else_is_refused_with_the_reason(tmp_path):
+    peer = Peer("meteora/top1")
+    tensors = files.read_tensors(peer.directory / "model.safetensors")
+    extra = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.weight"
+    files.write_tensors(tmp_path / "model.safetensors", {**tensors, extra: np.ones((32, 1), "f4")}, {})
+    with pytest.raises(moe_lora_interop.CheckpointError, match=f"meteora: no rule for main/{extra}"):
+        moe_lora_interop.detect(tmp_path)
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.moe_gate.weight"]
+    files.write_tensors(tmp_path / "model.safetensors", tensors, {})
+    with pytest.raises(moe_lora_interop.CheckpointError, match="layers.0.self_attn.q_proj router: missing tensor"):
+        moe_lora_interop.read(tmp_path, **peer.options)
+    with pytest.raises(moe_lora_interop.CheckpointError, match="expected one of adapter_model.safetensors") as error:
+        moe_lora_interop.detect(peer.base)  # which has a file of this name, too
+    assert not any("meteora" in problem for problem in error.value.problems)
+
+
 def test_where_the_task_folders_are(tmp_path):
     peer = Peer("meteora/top1")
     relative = peer.options | {"adapters": peer.provenance["read_options"]["adapters"]}  # to the checkpoint

@@ -196,7 +196,7 @@ def test_so_is_one_in_a_layout_without_a_digest(tmp_path, monkeypatch, layout):
 def test_another_layout_appears_while_one_is_looked_for(tmp_path, monkeypatch):
     """Nothing is found at first; then the experts' folders are there."""
     moe_lora_interop.write(make_adapter(), tmp_path)
-    experts, saves = read_write.Directory.experts, []
+    experts, saves = read_write.Directory.names_experts, []
 
     def save_after(directory, folders):
         found = experts(directory, folders)
@@ -206,7 +206,7 @@ def test_another_layout_appears_while_one_is_looked_for(tmp_path, monkeypatch):
         return found
 
     (tmp_path / CONFIG).write_text((tmp_path / CONFIG).read_text().replace("MOE_LORA", "OTHER"))
-    monkeypatch.setattr(read_write.Directory, "experts", save_after)
+    monkeypatch.setattr(read_write.Directory, "names_experts", save_after)
     assert_same_tensors(moe_lora_interop.read(tmp_path).tensors, sample("arrow").tensors)
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from moe_lora_interop.checkpoint.directory import Directory
+from moe_lora_interop.checkpoint.directory import WEIGHTS_NAMES, Directory
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
 from moe_lora_interop.dialects.unread import naming_unread
 from moe_lora_interop.disk import files
@@ -39,8 +39,8 @@ def dialect_of(directory: Directory, name: str | None, options: Mapping[str, Any
 def _detected(directory: Directory, options: Mapping[str, Any]) -> Dialect:
     known = file_dialects()
     in_folders = [d for d in known if d.folders is not None and directory.names_experts(d.folders)]
-    own_file = [d for d in known if d.has_own_file and (directory.path / d.weights).is_file()]
-    if not in_folders and not directory.has_weights():
+    own_file = [d for d in known if d.has_own_file and directory.has(d.weights)]
+    if not in_folders and not any(map(directory.has, WEIGHTS_NAMES)):
         candidates = own_file
     else:
         candidates = in_folders or [d for d in known if d.folders is None and not d.has_own_file]
@@ -56,7 +56,7 @@ def _detected(directory: Directory, options: Mapping[str, Any]) -> Dialect:
     if not reasons:
         directory.stored()  # says what is missing
     config = directory.path / files.CONFIG_NAME
-    if not fitting and not in_folders and not config.exists():
+    if not fitting and not in_folders and candidates is not own_file and not config.exists():
         raise CheckpointError("not a checkpoint", [f"{config}: missing file"])
     problems = [f"{name}: {'; '.join(reason) or 'fits'}" for name, reason in reasons.items()]
     problems += [d.hint for d in in_folders if d.hint]

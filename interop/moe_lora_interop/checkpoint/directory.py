@@ -118,9 +118,9 @@ class Directory(ExitStack):
             raise CheckpointError("unreadable tensors", absurd)
         return found
 
-    def has_weights(self) -> bool:
-        """Whether a file of tensors has a name that most layouts share."""
-        return any(self._look(self.path / name).exists() for name in WEIGHTS_NAMES)
+    def has(self, name: str) -> bool:
+        """Whether there is something of this name."""
+        return self._look(self.path / name).exists()
 
     def experts(self, folders: Folders) -> dict[str, Path] | None:
         """{expert number: folder} as the main config names them; None if there is no such config."""
