@@ -252,7 +252,7 @@ def test_a_file_of_version_1_has_nothing_of_version_2():
     data = {**MoeLoraConfig(top_k=1, top_p=0.5, entropy_threshold=0.9).to_dict(), "format_version": 1}
     with pytest.raises(ConfigError) as error:
         MoeLoraConfig.from_dict(data)
-    assert error.value.problems == [
+    assert list(error.value.problems) == [
         "top_p: found 0.5, expected what format_version 1 can say",
         "entropy_threshold: found 0.9, expected what format_version 1 can say",
     ]

@@ -175,7 +175,7 @@ class MoeLoraConfig:
     modules_to_save: list[str] | None = field(default=None, metadata=optional(MODULE_NAMES))
 
     scope: str = field(default="linear", metadata=one_of("linear", "ffn", "model"))
-    router_input: str = field(default="hidden", metadata=ROUTER_INPUT)
+    router_input: str = field(default="hidden", metadata=_ROUTER_INPUT)
     router_depth: int = field(default=1, metadata=integer(0))
     router_hidden_size: int | None = field(default=None, metadata=optional(integer(1)))
     num_tasks: int | None = field(default=None, metadata=optional(integer(1)))
