@@ -49,7 +49,7 @@ class ModelRouter(BaseRouter):
 
     def route_hidden(self, hidden: jax.Array) -> None:
         """Sets the gates from hidden states [batch, seq, hidden]."""
-        self._route(self.jittered(hidden.reshape(-1, hidden.shape[-1])))
+        self._route(self.jittered(hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)))
 
     def route_tasks(self, task_ids: jax.Array | None) -> None:
         """Sets the gates, or hands on the ids, for task ids [batch] or [batch, n].
