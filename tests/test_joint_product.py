@@ -131,7 +131,9 @@ def rounded_delta(layer, config, x):
     a, b, out = bf16(layer.lora_a[...]), bf16(layer.lora_b[...]), []
     for token in x:
         gates = config.routed_scaling_factor * expected_gates(layer, config, token)
-        codes = [g * s * (a[min(e, len(a) - 1)] @ token) for e, (g, s) in enumerate(zip(gates, layer.scalings))]
+        codes = [
+            g * s * (a[min(e, len(a) - 1)] @ token) for e, (g, s) in enumerate(zip(gates, layer.scalings, strict=True))
+        ]
         out.append(sum(bf16(code) @ b[e] for e, code in enumerate(codes)))
     return np.array(out)
 

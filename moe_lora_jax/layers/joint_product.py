@@ -15,6 +15,7 @@ The same holds for the gradients, with the logits' cotangent dz in three pieces:
 A CPU computes the two products in fp32, as ever.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ def is_bf16_product(x: jax.Array, a: jax.Array) -> bool:
 
     With a bf16 input, unless A is float16, or `jax.default_matmul_precision` asks for more than the default.
     """
-    by_default = jax.config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16")
+    by_default = jax.default_matmul_precision.value in (None, "default", "fastest", "bfloat16")
     return by_default and x.dtype == BF16 and a.dtype in (BF16, FP32)
 
 
@@ -69,6 +70,11 @@ joint_product.defvjp(_forward, _backward)
 def bf16_product(x: jax.Array, a: jax.Array) -> jax.Array:
     """x A^T, fp32 [tokens, rows], both rounded to bf16, but for CPUs; see `joint_product`."""
     return joint_product(x, a, jnp.zeros((a.shape[1], 0)))[0]
+
+
+def adapter_product(x: jax.Array, factor: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """How a factor (A or B) of an adapter with input x multiplies: the product of [tokens, in] and [rows, in]."""
+    return bf16_product if is_bf16_product(x, factor) else _plain_product
 
 
 def exact_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -122,8 +128,12 @@ def _sum(parts: list[jax.Array]) -> jax.Array:
 # --- two products in fp32 ---------------------------------------------------------------------------------------------
 
 
+def _plain_product(x: jax.Array, a: jax.Array) -> jax.Array:
+    return x.astype(a.dtype) @ a.T
+
+
 def _two_products(x: jax.Array, a: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (x.astype(a.dtype) @ a.T).astype(FP32), router_product(x.astype(FP32), kernel)
+    return _plain_product(x, a).astype(FP32), router_product(x.astype(FP32), kernel)
 
 
 def _two_products_backward(

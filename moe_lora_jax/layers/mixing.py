@@ -79,9 +79,13 @@ def scaled(gates: jax.Array, scalings: tuple[float, ...]) -> jax.Array:
 
 
 def spread(hidden: jax.Array, weights: jax.Array, rank: int) -> jax.Array:
-    """Each expert's code times its weight: [tokens, (expert rank)], from [tokens, (expert rank)] or, shared, [.., rank].
+    """Each expert's code times its weight: [tokens, (expert rank)].
 
     The joined axis stays joined, as on TPUs [tokens, expert, rank] is another layout.
+
+    Args:
+        hidden: A x, [tokens, (expert rank)]; [tokens, rank] when A is shared.
+        weights: [tokens, expert].
     """
     experts = weights.shape[1]
     if hidden.shape[1] == rank:
