@@ -23,7 +23,19 @@ RUN_BY_A_SUBPROCESS = "moe_lora_jax.demo.peft_check"  # a script that is read an
 # Every room, from the foundation up: a room imports only from rooms before it.
 INTEROP = ["errors", "memory", "progress", "progress_bar", "disk", "config", "rules", "dialects", "checkpoint"]
 INTEROP += ["export", "peft_tuner", "cli", "peft_run"]
-JAX_ROOMS = ["processes", "sharding", "layers", "tree", "models", "adapters", "train", "measure", "report", "demo"]
+JAX_ROOMS = [
+    "processes",
+    "sharding",
+    "compiled",
+    "layers",
+    "tree",
+    "models",
+    "adapters",
+    "train",
+    "measure",
+    "report",
+    "demo",
+]
 JAX_ROOMS += ["cli"]
 ORDER = [f"moe_lora_interop.{r}" for r in INTEROP] + ["moe_lora_interop"]
 ORDER += [f"moe_lora_jax.{r}" for r in JAX_ROOMS] + ["moe_lora_jax"]

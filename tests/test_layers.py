@@ -14,7 +14,8 @@ from jax.test_util import check_grads
 
 from moe_lora_interop import MoeLoraConfig
 from moe_lora_jax import MoeLoraLinear, MoeLoraParam, RouterOutput
-from moe_lora_jax.layers.router import RouterRecord, router_product
+from moe_lora_jax.layers.joint_product import router_product
+from moe_lora_jax.layers.router import RouterRecord
 from tests.toy import fast_rngs, linear
 
 IN, OUT, TOKENS = 6, 5, 7
@@ -440,15 +441,18 @@ def test_nothing_is_left_in_the_layer_after_a_call():
 # --- how it is computed ---------------------------------------------------------------------------------------------
 
 
-def equations(jaxpr):
-    """Every equation, those inside calls too."""
+def equations(jaxpr, machine="cpu"):
+    """Every equation, those inside calls too; of what differs by machine, the branch for this one."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in eqn.params.values():
+        inside = dict(eqn.params)
+        if platforms := inside.get("branches_platforms"):
+            inside = {"branch": inside["branches"][0 if machine in platforms[0] else 1]}
+        for value in inside.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from equations(inner)
+                    yield from equations(inner, machine)
 
 
 def program(layer, x, backward):
@@ -464,9 +468,18 @@ def program(layer, x, backward):
     return jax.grad(loss, argnums=(0, 1)) if backward else forward, (adapter, x, rest)
 
 
-def trace(layer, x, backward=False):
+def trace(layer, x, backward=False, machine="cpu"):
     function, arguments = program(layer, x, backward)
-    return list(equations(jax.make_jaxpr(function)(*arguments).jaxpr))
+    return list(equations(jax.make_jaxpr(function)(*arguments).jaxpr, machine))
+
+
+def products(layer, x, machine="cpu"):
+    """Of the forward pass: the operands' dtypes, the columns and the precision of every product that has any."""
+    found = [e for e in trace(layer, x, machine=machine) if e.primitive.name == "dot_general"]
+    shapes = [(e, [v.aval for v in e.invars], e.outvars[0].aval.shape) for e in found]
+    return [
+        ([v.dtype for v in given], shape[-1], e.params["precision"]) for e, given, shape in shapes if 0 not in shape
+    ]
 
 
 BIG = dict(n_in=11, n_out=13, r=3, num_experts=5)
@@ -502,12 +515,18 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_experts(field
 def test_three_products_and_the_routers_in_full_fp32(fields, dtype):
     layer, _ = make_layer(param_dtype=dtype, base_dtype=dtype, **fields)
     layer.train()
-    products = [e for e in trace(layer, jnp.zeros((7, IN), dtype)) if e.primitive.name == "dot_general"]
-    routers = [e for e in products if e.outvars[0].aval.shape == (7, 4)]
-    assert (len(products), len(routers)) == ((3, 0) if "num_experts" in fields else (4, 1))
-    for router in routers:  # so that neither a bf16 model nor TF32 can blur its choice
-        assert [v.aval.dtype for v in router.invars] == [jnp.float32, jnp.float32]
-        assert router.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+    found = products(layer, jnp.zeros((7, IN), dtype))
+    routers = [(dtypes, precision) for dtypes, columns, precision in found if columns == 4]
+    assert (len(found), len(routers)) == ((3, 0) if "num_experts" in fields else (4, 1))
+    for dtypes, precision in routers:  # so that neither a bf16 model nor TF32 can blur its choice
+        assert dtypes == [jnp.float32] * 2 and precision == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def test_elsewhere_a_bf16_input_takes_a_and_the_router_in_one_product():
+    layer, _ = make_layer(base_dtype=jnp.bfloat16)
+    found = products(layer, jnp.zeros((7, IN), jnp.bfloat16), "tpu")
+    assert [dtypes for dtypes, _, _ in found] == [[jnp.bfloat16] * 2] * 3
+    assert sorted(columns for _, columns, _ in found) == [OUT, OUT, 4 * 3 + 4 * 3]  # base, B, and A beside 3 R
 
 
 @pytest.mark.parametrize("fixed", [None, "x", "kernel"])

@@ -21,6 +21,10 @@ from moe_lora_jax.train.settings import TrainSettings
         ({"max_grad_norm": 0}, "max_grad_norm: found 0, expected null or a finite number > 0"),
         ({"train_only": "bias"}, "train_only: found 'bias', expected one of all, router, experts"),
         ({"seed": -1}, "seed: found -1"),
+        (
+            {"matmul_precision": "fp32"},
+            "matmul_precision: found 'fp32', expected null or one of default, high, highest",
+        ),
         ({"eval_every": 0}, "eval_every: found 0"),
         ({"checkpoint_every": 0}, "checkpoint_every: found 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: found 0"),
@@ -56,4 +60,10 @@ def test_total_epochs_hold_enough_full_batches():
 
 def test_a_continuation_may_change_what_is_shown_and_kept_only():
     free = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "resume"}
-    assert set(TrainSettings().fixed()) == set(TrainSettings.__dataclass_fields__) - free
+    assert set(TrainSettings(matmul_precision="high").fixed()) == set(TrainSettings.__dataclass_fields__) - free
+
+
+def test_runs_from_before_there_was_a_matmul_precision_are_continued_without_one():
+    before = {"epochs", "steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_steps"}
+    before |= {"weight_decay", "max_grad_norm", "train_only", "seed"}
+    assert set(TrainSettings().fixed()) == before

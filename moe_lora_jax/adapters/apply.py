@@ -262,7 +262,6 @@ def _wrap_block(
             config.for_module(name),
             shared,
             config=config,
-            most_kept=sizes.most_kept,
             is_last=attribute == block.last,
             is_target=attribute in block.targets,
             param_dtype=param_dtype,

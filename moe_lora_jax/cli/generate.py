@@ -1,5 +1,6 @@
 """`moe-lora generate`: continue a prompt in JAX, with or without an adapter."""
 
+import contextlib
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    matmul_precision: Literal["default", "high", "highest"] | None = None,
     seed: int = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -45,6 +47,8 @@ def generate(
         top_k: sample among the k likeliest tokens.
         top_p: sample among the likeliest tokens that together have this probability.
         dtype: of the base model.
+        matmul_precision: of products of float32 numbers, in JAX's words. None: highest for a base model in float32,
+            else default, which TPUs round to bfloat16 and NVIDIA's GPUs to TF32.
         seed: of the sampling.
     """
     shell = Shell(quiet=quiet, json=json)
@@ -86,7 +90,10 @@ def generate(
             load_adapter(base, adapter, layout=layout)
         bar.stage("compiling, then generating")
         try:
-            with explained(f"generating {max_new_tokens} tokens after {len(ids)}", STEPS):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(explained(f"generating {max_new_tokens} tokens after {len(ids)}", STEPS))
+                if matmul_precision is not None:
+                    stack.enter_context(jax.default_matmul_precision(matmul_precision))
                 decoded = decode(
                     base,
                     jnp.asarray([ids], jnp.int32),

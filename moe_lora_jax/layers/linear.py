@@ -8,8 +8,9 @@ from flax import nnx
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_jax.layers.display import Described, experts_in_words
+from moe_lora_jax.layers.joint_product import bf16_product, is_bf16_product, joint_product
 from moe_lora_jax.layers.linear_maps import LinearMap
-from moe_lora_jax.layers.mixing import MoeLoraParam, gated_sum, init_experts, mixed_factors, scaled
+from moe_lora_jax.layers.mixing import MoeLoraParam, gated_sum, init_experts, mixed_factors, scaled, spread
 from moe_lora_jax.layers.router import Router, TaskRouter
 from moe_lora_jax.layers.shared import Shared, per_token
 
@@ -106,6 +107,8 @@ class MoeLoraLinear(Described, LayerWrapper):
     def delta(self, x: jax.Array) -> jax.Array:
         """What the adapter adds, for x [tokens, in]: [tokens, out] in the adapter's dtype."""
         a, b = self.lora_a[...], self.lora_b[...]
+        if self.mix == "outputs" and is_bf16_product(x, a):
+            return self._bf16_delta(x, a, b)
         dropped = self.dropout(x.astype(a.dtype), rngs=self.rngs)
         if self.mix == "weights":
             return mixed_factors(dropped, self._gates(x), a, b) * jnp.asarray(self.scalings[0], a.dtype)
@@ -113,6 +116,20 @@ class MoeLoraLinear(Described, LayerWrapper):
         gates = self._gates(jax.nn.relu(codes) if self.reads_codes else x)
         hidden = codes.reshape(x.shape[0], *a.shape[:2])
         return gated_sum(hidden, scaled(gates[:, 0], self.scalings), b)
+
+    def _bf16_delta(self, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The delta by products of bf16 that are summed in fp32; one for A and the router, if both read x as it is."""
+        rows, router = a.reshape(-1, a.shape[-1]), self.router
+        is_dropping = self.dropout.rate > 0 and not self.dropout.deterministic
+        same_input = not (self.reads_codes or is_dropping)
+        if isinstance(router, Router) and same_input and not router.is_jittering:
+            hidden, product = joint_product(x, rows, router.columns())
+            gates = router.weights(router.from_product(product).gates)
+        else:
+            hidden = bf16_product(self.dropout(x.astype(a.dtype), rngs=self.rngs), rows)
+            gates = self._gates(jax.nn.relu(hidden) if self.reads_codes else x)
+        weights = scaled(gates[:, 0], self.scalings)
+        return bf16_product(spread(hidden, weights, b.shape[1]), b.reshape(-1, b.shape[-1]).T).astype(a.dtype)
 
     def _gates(self, x: jax.Array) -> jax.Array:
         """Their weights, [tokens, split, expert], from wherever the router of this layer stands; x is what it reads."""

@@ -76,3 +76,18 @@ def mixed_factors(x: jax.Array, gates: jax.Array, a: jax.Array, b: jax.Array) ->
 def scaled(gates: jax.Array, scalings: tuple[float, ...]) -> jax.Array:
     """g_e s_e, in the dtype of the gates."""
     return gates * jnp.asarray(scalings, gates.dtype)
+
+
+def spread(hidden: jax.Array, weights: jax.Array, rank: int) -> jax.Array:
+    """Each expert's code times its weight: [tokens, (expert rank)].
+
+    The joined axis stays joined, as on TPUs [tokens, expert, rank] is another layout.
+
+    Args:
+        hidden: A x, [tokens, (expert rank)]; [tokens, rank] when A is shared.
+        weights: [tokens, expert].
+    """
+    experts = weights.shape[1]
+    if hidden.shape[1] == rank:
+        hidden = jnp.tile(hidden, experts)
+    return hidden * jnp.repeat(weights, rank, axis=1)

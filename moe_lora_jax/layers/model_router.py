@@ -59,7 +59,7 @@ class ModelRouter(BaseRouter):
         """Sets the gates from hidden states [batch, seq, hidden]; no gradient goes into a pass with the adapter."""
         if self.scaling_pass_value:
             hidden = jax.lax.stop_gradient(hidden)
-        self._route(self.jittered(hidden.reshape(-1, hidden.shape[-1])))
+        self._route(self.jittered(hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)))
 
     def route_tasks(self, task_ids: jax.Array | None) -> None:
         """Sets the gates, or hands on the ids, for task ids [batch] or [batch, n].

@@ -1,17 +1,14 @@
 """Routers that stand at a linear layer or a feed-forward block, and what they report."""
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.custom_derivatives import SymbolicZero
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.config.in_words import gates_in_words
 from moe_lora_jax.layers.display import Described
 from moe_lora_jax.layers.gating import Gating, RouterOutput, route
+from moe_lora_jax.layers.joint_product import exact_product
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.layers.shared import Shared, task_rows
 
@@ -34,12 +31,17 @@ class BaseRouter(Described, nnx.Module):
         random = max(config.router_jitter_noise, config.expert_dropout, config.router_dropout) > 0
         self.rngs = rngs["dropout"].fork() if random else nnx.data(None)
 
+    @property
+    def is_jittering(self) -> bool:
+        """Whether `jittered` changes values."""
+        return self.router_jitter_noise > 0 and not self.deterministic
+
     def jittered(self, x: jax.Array) -> jax.Array:
-        """x in fp32; in training times U(1 - eps, 1 + eps), eps = router_jitter_noise."""
-        x, eps = x.astype(jnp.float32), self.router_jitter_noise
-        if self.deterministic or eps == 0:
+        """x; in training, in fp32, times U(1 - eps, 1 + eps), eps = router_jitter_noise."""
+        if not self.is_jittering:
             return x
         assert self.rngs is not None
+        eps, x = self.router_jitter_noise, x.astype(jnp.float32)
         return x * jax.random.uniform(self.rngs(), x.shape, jnp.float32, 1.0 - eps, 1.0 + eps)
 
     def decide(self, logits: jax.Array, tau: jax.Array | float | None) -> RouterOutput:
@@ -54,36 +56,6 @@ class BaseRouter(Described, nnx.Module):
         factor = self.gating.routed_scaling_factor
         gates = self.expert_dropout(gates, rngs=self.rngs)
         return gates if factor == 1 else gates * factor
-
-
-@jax.custom_jvp
-def router_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x R at full precision: fp32 [tokens, in] and [in, logit] -> [tokens, logit].
-
-    An ordinary matrix product, whose derivatives are written for few logits. To any order, forwards and backwards.
-    """
-    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
-
-
-@partial(router_product.defjvp, symbolic_zeros=True)
-def _router_product_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    z = router_product(x, kernel)
-    dz = jnp.zeros_like(z)
-    if not isinstance(dx, SymbolicZero):
-        dz = dz + _moved_input(dx, kernel)
-    if not isinstance(dkernel, SymbolicZero):
-        # transposed, this is a product [logit, tokens] [tokens, in]: XLA:CPU is six times slower at the mirrored one,
-        # into which it turns this one back unless there is a barrier
-        rows = jax.lax.optimization_barrier(dkernel.T)
-        dz = dz + jnp.matmul(x, rows.T, precision=jax.lax.Precision.HIGHEST)
-    return z, dz
-
-
-@jax.jit  # so that the terms of the sum never exist, outside jit either
-def _moved_input(dx: jax.Array, kernel: jax.Array) -> jax.Array:
-    """dx R as a sum. Transposed, XLA adds dz R^T to the other gradients of x without a [tokens, in] for it."""
-    return jnp.sum(dx[:, :, None] * kernel, axis=1)
 
 
 class Router(BaseRouter):
@@ -105,24 +77,31 @@ class Router(BaseRouter):
 
     def __call__(self, x: jax.Array) -> RouterOutput:
         """Routes x [tokens, in]: fields [tokens, split, expert]."""
-        x = self.jittered(x)
-        logits = router_product(x, self.kernel[...].astype(jnp.float32))
+        return self.from_product(exact_product(self.jittered(x), self.columns()))
+
+    def columns(self) -> jax.Array:
+        """What x is multiplied by, fp32 [in, column]: R, and w of an adaptive threshold."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        if self.threshold_kernel is None:
+            return kernel
+        return jnp.concatenate([kernel, self.threshold_kernel[...].astype(jnp.float32)[:, None]], axis=1)
+
+    def from_product(self, product: jax.Array) -> RouterOutput:
+        """The decision for [tokens, column], the product of x and `columns`."""
+        logits, tau = product[:, : self.num_experts * self.n_splits], self.gating.threshold
         if self.bias is not None:
             logits = logits + self.bias[...]
-        logits = (logits / self.gating.router_temperature).reshape(x.shape[0], self.n_splits, self.num_experts)
-        return self.decide(logits, self._tau(x))
+        logits = (logits / self.gating.router_temperature).reshape(product.shape[0], self.n_splits, self.num_experts)
+        if self.threshold_bias is None:
+            return self.decide(logits, tau)
+        assert tau is not None, "the config requires it"
+        score = product[:, -1] + self.threshold_bias[...]
+        return self.decide(logits, tau * jax.nn.sigmoid(score)[:, None, None])
 
     def facts(self) -> str:
         """See `display`."""
         splits = f" for each of {self.n_splits} splits" if self.n_splits > 1 else ""
         return f"{self.kernel.shape[0]} -> {self.num_experts} experts{splits}; {gates_in_words(self.gating)}"
-
-    def _tau(self, x: jax.Array) -> jax.Array | float | None:
-        if self.threshold_kernel is None or self.threshold_bias is None:
-            return self.gating.threshold
-        score = jnp.matmul(x, self.threshold_kernel[...], precision=jax.lax.Precision.HIGHEST)
-        assert self.gating.threshold is not None, "the config requires it"
-        return self.gating.threshold * jax.nn.sigmoid(score + self.threshold_bias[...])[:, None, None]
 
 
 class TaskRouter(BaseRouter):

@@ -8,7 +8,8 @@ from flax import nnx
 class Shared(nnx.Variable):
     """One value shared by a router and its layers: set before their call, emptied after it.
 
-    Holds gates [rows, layer, split, expert], or task ids [rows, n]; a row is a token, or a whole sequence. A Variable
+    Holds gates [rows, layer, split, expert], or task ids [rows, n]; a row is a token, or a whole sequence. In a
+    feed-forward block it holds a run (see `slots`), and what a layer keeps from one run for the next. A Variable
     and not a Python holder, so that it is seen right under nnx.remat and nnx.scan.
     """
 
@@ -19,7 +20,8 @@ class Shared(nnx.Variable):
     @property
     def is_empty(self) -> bool:
         """Whether no router has set a value."""
-        return self.get_value().size == 0
+        value = self.get_value()
+        return isinstance(value, jax.Array) and value.size == 0
 
     def clear(self) -> None:
         """Back to nothing, so that a later call cannot see this one's value."""

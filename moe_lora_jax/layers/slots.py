@@ -1,82 +1,65 @@
-"""Experts that are whole feed-forward blocks (MixLoRA, arXiv:2404.15159): the block's code runs once, on slots.
+"""Experts that are whole feed-forward blocks (MixLoRA, arXiv:2404.15159): the block's code runs once for each slot.
 
     FFN(x) = sum_e g_e FFN_e(x), every W of FFN_e being W0 + s_e B_e A_e
 
-The block's first layers add one delta per slot to one base product; its last layer multiplies by the gates and sums
-*before* its base product, which is exact because that layer is linear. So no base product is ever computed per expert.
-With top-k routing the slots are the k experts that each token chose; otherwise they are all experts, in order.
+The block's first layers compute one base product and one A x, in the first run, and add a delta in each; its last layer
+multiplies by the gates and adds up over the runs *before* its base product, which is exact because that layer is
+linear. So no base product is ever computed per expert, and no array has an axis for slots: along one a training step
+took 1.4 times as long on a CPU (benchmarks/RESULTS.md) and 1.6 times the cycles on a TPU.
 
-Chosen slots are computed one by one: along a slot axis a training step took 1.4 times as long (benchmarks/RESULTS.md).
+With top-k routing the slots are the k experts that each token chose. Otherwise all experts are one run, along an axis.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_lora_jax.layers.gating import top_k_slots
-from moe_lora_jax.layers.mixing import gated_sum, scaled
+from moe_lora_jax.layers.mixing import scaled, spread
 
 
-class Slots(NamedTuple):
-    """What a block's router decided for its tokens.
+class Run(NamedTuple):
+    """One run of a block's code, for its layers.
 
     gates   [tokens, expert], fp32, times routed_scaling_factor
-    chosen  [slot, tokens, expert], one 1 per slot and token; None: slot e is expert e
+    chosen  [run, tokens, expert], one 1 per run and token: of this run and those that follow; None: slot e is expert e
     """
 
     gates: jax.Array
     chosen: jax.Array | None
 
-    @classmethod
-    def of(cls, gates: jax.Array, most_kept: int | None) -> "Slots":
-        """Slots for the k largest gates of every token, whatever their signs; of equal ones the first."""
-        if most_kept is None or most_kept >= gates.shape[-1]:
-            return cls(gates, None)
-        chosen = top_k_slots(jnp.abs(jax.lax.stop_gradient(gates)), most_kept)
-        return cls(gates, jnp.moveaxis(chosen, -2, 0).astype(gates.dtype))
+    @property
+    def is_final(self) -> bool:
+        return self.chosen is None or len(self.chosen) == 1
 
-    def flat(self, x: jax.Array) -> jax.Array:
-        """[(slot,) tokens, size] -> [slot or 1, tokens, size]."""
-        return x if x.ndim == 3 else x[None]
+    @property
+    def one(self) -> jax.Array:
+        """The expert that each token has in this run: [tokens, expert], one 1 per token."""
+        assert self.chosen is not None
+        return self.chosen[0]
 
-    def add_deltas(
-        self, base: jax.Array, x: jax.Array, a: jax.Array, b: jax.Array, scalings: tuple[float, ...]
-    ) -> jax.Array:
-        """base + s_e B_e A_e x, e the expert in each slot: [slot, tokens, out].
+    @property
+    def weight(self) -> jax.Array:
+        """Its gate, [tokens, 1]."""
+        return jnp.sum(self.one * self.gates, axis=-1, keepdims=True)
 
-        Args:
-            base: [(slot,) tokens, out].
-            x: [slot or 1, tokens, in].
-        """
-        if self.chosen is None:
-            hidden = (x @ a.mT) * jnp.asarray(scalings, a.dtype)[:, None, None]
-            return base + (hidden @ b).astype(base.dtype)
-        deltas = (gated_sum(code, scaled(one, scalings), b) for code, one in _codes(x, a, self.chosen))
-        bases = base if base.ndim == 3 else [base] * len(self.chosen)
-        return jnp.stack([base_s + delta.astype(base.dtype) for base_s, delta in zip(bases, deltas, strict=True)])
-
-    def mix(self, x: jax.Array) -> jax.Array:
-        """sum_s g_s x_s: x [slot or 1, tokens, in] -> [tokens, in]."""
-        if self.chosen is None:
-            slots = jnp.broadcast_to(x, (self.gates.shape[-1], *x.shape[1:]))
-            return jnp.einsum("sti,ts->ti", slots, self.gates.astype(x.dtype))
-        weights = jnp.sum(self.chosen * self.gates, axis=-1)
-        slots = jnp.broadcast_to(x, (len(weights), *x.shape[1:]))
-        return sum(x_s * g[:, None] for x_s, g in zip(slots, weights, strict=True)).astype(x.dtype)  # summed in fp32
-
-    def gated_sum(self, x: jax.Array, a: jax.Array, b: jax.Array, scalings: tuple[float, ...]) -> jax.Array:
-        """sum_s g_s s_e B_e A_e x_s, e the expert in slot s: x [slot or 1, tokens, in] -> [tokens, out]."""
-        if self.chosen is None:  # slot e is expert e: no expert sees another's activations
-            hidden = jnp.moveaxis(x @ a.mT, 0, 1)
-        else:
-            masked = (code * one[..., None] for code, one in _codes(x, a, self.chosen))
-            hidden = sum(masked, start=jnp.zeros((), a.dtype))
-        return gated_sum(hidden, scaled(self.gates, scalings), b)
+    def of_one(self, codes: jax.Array, rank: int, scalings: tuple[float, ...] | None = None) -> jax.Array:
+        """Codes [tokens, (expert rank)] or, shared, [tokens, rank]: times s_e for the run's expert e, else 0."""
+        one = self.one if scalings is None else scaled(self.one, scalings)
+        return spread(codes, one.astype(codes.dtype), rank)
 
 
-def _codes(x: jax.Array, a: jax.Array, chosen: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """For each slot A x of every expert, [tokens, expert or 1, rank], and the one expert, [tokens, expert]."""
-    codes = [(x_s @ a.reshape(-1, a.shape[-1]).T).reshape(-1, *a.shape[:2]) for x_s in x]
-    return zip(codes * len(chosen) if len(codes) == 1 else codes, chosen.astype(a.dtype), strict=True)
+def runs(gates: jax.Array, most_kept: int | None) -> list[Run]:
+    """A run for each of the k largest gates of every token, whatever their signs, the largest first (of equal ones the
+    first); or one run.
+
+    Args:
+        gates: [tokens, expert].
+        most_kept: k; None for all experts.
+    """
+    if most_kept is None or most_kept >= gates.shape[-1]:
+        return [Run(gates, None)]
+    chosen = top_k_slots(jnp.abs(jax.lax.stop_gradient(gates)), most_kept)
+    chosen = jnp.moveaxis(chosen, -2, 0).astype(gates.dtype)
+    return [Run(gates, chosen[number:]) for number in range(most_kept)]

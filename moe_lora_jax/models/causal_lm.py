@@ -14,6 +14,7 @@ from moe_lora_jax.layers.router_outputs import router_outputs
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.decoder import Decoder
+from moe_lora_jax.models.precision import in_its_precision
 from moe_lora_jax.models.vocabulary import check_ids, given_ids
 
 Cache = KVCache | tuple[KVCache, KVCache]
@@ -75,6 +76,7 @@ class CausalLM(nnx.Module):
             return self.head(hidden)
         return self.head(hidden[0]), hidden[1]
 
+    @in_its_precision
     def hidden_states(
         self,
         input_ids: jax.Array,
@@ -162,6 +164,7 @@ class CausalLM(nnx.Module):
         names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if linear_map(m, {})]
         return traversal_order(f"model.{name}" for name in names)
 
+    @in_its_precision
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of final hidden states: [..., hidden] -> [..., vocab], in the dtype of the weights."""
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -117,6 +117,8 @@ def train(
         "eval_data": eval_data.digest if eval_data is not None else None,
     }
     with contextlib.ExitStack() as stack:
+        if settings.matmul_precision is not None:
+            stack.enter_context(jax.default_matmul_precision(settings.matmul_precision))
         directory = RunDirectory(output_dir, identity, resume=settings.resume, tensorboard=settings.tensorboard)
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))

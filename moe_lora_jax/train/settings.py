@@ -3,11 +3,12 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.filters import Part
 
+Precision = Literal["default", "high", "highest"]
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
 FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "resume")
 
@@ -26,6 +27,9 @@ class TrainSettings:
         weight_decay: of AdamW, decoupled.
         max_grad_norm: the gradient's global norm is clipped to this; None does not clip.
         train_only: "all", or only the "router" or the "experts" of the adapter.
+        matmul_precision: of products of float32 numbers, in JAX's words: "default" (on TPUs rounded to bfloat16, on
+            NVIDIA's GPUs to TF32), "high", "highest" (float32). None: "highest" for a base model in float32, else
+            "default". Routers always compute in float32.
         seed: of the data order (the model's dropout streams have their own, in its rngs).
         eval_every: steps between evaluations; None evaluates before the first step and after the last only.
         checkpoint_every: steps between checkpoints; None writes one at the end only (and on SIGTERM or Ctrl-C).
@@ -47,6 +51,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     train_only: Part = "all"
+    matmul_precision: Precision | None = None
     seed: int = 0
     eval_every: int | None = None
     checkpoint_every: int | None = None
@@ -75,6 +80,9 @@ class TrainSettings:
                 problems.append(f"{name}: found {value!r}, expected {expected}")
         if self.train_only not in get_args(Part):
             problems.append(f"train_only: found {self.train_only!r}, expected one of {', '.join(get_args(Part))}")
+        if self.matmul_precision not in (None, *get_args(Precision)):
+            expected = f"null or one of {', '.join(get_args(Precision))}"
+            problems.append(f"matmul_precision: found {self.matmul_precision!r}, expected {expected}")
         if problems:
             raise ConfigError("invalid training settings", problems)
 
@@ -89,8 +97,11 @@ class TrainSettings:
         return self.epochs if self.steps is None else -(-self.steps * rows // examples)
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a continuation must share."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
+        """The settings that a continuation must share. Runs from before there was a matmul_precision had None."""
+        found = {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
+        if self.matmul_precision is None:
+            del found["matmul_precision"]
+        return found
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,0 +1,98 @@
+"""TPU topologies that libtpu compiles for on any Linux machine, named as Google's documentation does: "v5e:4x4"."""
+
+import contextlib
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from moe_lora_interop.errors import ConfigError
+
+# Read when libtpu starts. It need not ask Google Cloud which machine this is, nor complain that it cannot know, and
+# several processes may have a libtpu: no chip is opened here.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # whatever it is, the topology counts
+}
+
+
+class _Generation(NamedTuple):
+    """Of a topology's axes the number, of a chip's memory GiB: the "available HBM" of libtpu 0.0.42's refusals."""
+
+    axes: int
+    hbm: float
+    examples: str
+
+
+GENERATIONS = {
+    "v5e": _Generation(2, 15.75, "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:8x8"),
+    "v6e": _Generation(2, 31.25, "v6e:1x1, v6e:2x2, v6e:2x4, v6e:4x4, v6e:8x8"),
+    "v5p": _Generation(3, 95.74, "v5p:1x1x1, v5p:2x2x1, v5p:2x2x2, v5p:2x2x4, v5p:4x4x4"),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips to compile for; none of them needs to exist.
+
+    name: as given, e.g. "v5e:4x4".
+    devices: what `make_mesh(sizes, devices=...)` takes.
+    bytes_per_device: memory that a program can use on one of them.
+    """
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    bytes_per_device: int
+
+
+def topology(name: str) -> Topology:
+    """The chips of a TPU topology.
+
+    Args:
+        name: generation and chips along each axis: "v5e:4x4", "v6e:1x1", "v5p:2x2x4".
+
+    Raises:
+        ConfigError: no such topology, with those that there are; or libtpu is not installed.
+    """
+    kind, _, sizes = name.partition(":")
+    numbers = [int(size) for size in sizes.split("x") if size.isascii() and size.isdigit()]
+    generation = GENERATIONS.get(kind)
+    if generation is None or len(numbers) != generation.axes or "x".join(map(str, numbers)) != sizes:
+        raise _unknown(name)
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        problem = "libtpu: found none, expected the TPU's compiler: pip install 'moe-lora-jax[plan]'"
+        raise ConfigError(f"cannot compile for {name}", [problem])
+    # Chips that share a host, 2x2 where there are as many: which process has which chip. It changes no program.
+    hosts = tuple(math.gcd(size, 2) for size in numbers[:2]) + (1,)
+    with _environment():
+        try:
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=name, chips_per_host_bounds=hosts, num_slices=1
+            )
+        except jax.errors.JaxRuntimeError as error:
+            raise _unknown(name) from error
+    return Topology(name, tuple(found.devices), int(generation.hbm * 2**30))
+
+
+def _unknown(name: str) -> ConfigError:
+    examples = "; ".join(generation.examples for generation in GENERATIONS.values())
+    return ConfigError("no such topology", [f"topology: found {name!r}, expected one like {examples}"])
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Those variables, where they are not set, for as long as libtpu starts."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
