@@ -74,7 +74,13 @@ FORMAT_VERSION = 2  # the newest one; a file has the oldest that can say its con
 PEFT_TYPE = "MOE_LORA"
 _ROUTER_INPUT = since(2, one_of("hidden", "task", "expert_activations"), "expert_activations")
 _SCORE = since(2, one_of("softmax", "abs_softmax", "sigmoid", "identity"), "identity")
-_VERSION = Allowed(holds=lambda v: v in (1, 2), words="1 or 2")
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= FORMAT_VERSION
+
+
+_VERSION = Allowed(holds=_is_version, words="1 or 2")
 PATTERNS = {
     "rank_pattern": "r",
     "alpha_pattern": "lora_alpha",
@@ -372,11 +378,11 @@ class MoeLoraConfig:
         ]
         if version is None:
             unknown.append("format_version: missing, expected 1 or 2")
-        elif not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        elif not _is_version(version):
             unknown.append(f"format_version: found {version!r}, expected 1 or 2")
         if unknown:
             raise ConfigError("invalid MoeLoraConfig or adapter_config.json", unknown)
-        found = cls(**{k: v for k, v in data.items() if k in known and k != "format_version"})
+        found = cls(**{k: v for k, v in data.items() if k in known})
         later = [n for n, needed in found._later().items() if needed > version]  # type: ignore[operator]
         if later:
             problems = [f"{n}: found {data[n]!r}, expected what format_version {version} can say" for n in later]
@@ -408,9 +414,12 @@ _init = MoeLoraConfig.__init__
 def _init_of_known(self: MoeLoraConfig, *args: Any, **values: Any) -> None:
     """dataclass's, which does not say which field an unknown keyword was probably meant to be."""
     known = [f.name for f in dataclasses.fields(MoeLoraConfig)]
-    unknown = [f"{name}: unknown field{did_you_mean(name, known)}" for name in values if name not in known]
-    if unknown:
-        raise ConfigError("invalid MoeLoraConfig", unknown)
+    problems = [f"{name}: unknown field{did_you_mean(name, known)}" for name in values if name not in known]
+    version = values.pop("format_version", 1)  # of a dictionary; the config's own follows from the rest
+    if not _is_version(version):
+        problems.append(f"format_version: found {version!r}, expected 1 or 2")
+    if problems:
+        raise ConfigError("invalid MoeLoraConfig", problems)
     _init(self, *args, **values)
 
 
