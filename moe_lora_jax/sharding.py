@@ -32,19 +32,24 @@ RULES: Rules = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of all processes, e.g. {"data": 2, "fsdp": 4}.
+def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices of all processes, e.g. {"data": 2, "fsdp": 4}; or of the devices given.
+
+    Args:
+        sizes: {axis: into how many parts}.
+        devices: those to use, for example of a topology that a program is compiled for (`compiled.topology`).
 
     Raises:
         ConfigError: an unknown axis, or sizes whose product is not the number of devices.
     """
     problems = [f"axis: found {name!r}, expected some of {', '.join(AXES)}" for name in sizes if name not in AXES]
-    product, devices = math.prod(sizes.values()), jax.device_count()
-    if product != devices or min(sizes.values(), default=1) < 1:
-        problems.append(f"sizes: found {dict(sizes)}, expected numbers whose product is that of devices, {devices}")
+    product, count = math.prod(sizes.values()), jax.device_count() if devices is None else len(devices)
+    if product != count or min(sizes.values(), default=1) < 1:
+        problems.append(f"sizes: found {dict(sizes)}, expected numbers whose product is that of devices, {count}")
     if problems:
         raise ConfigError("no such mesh", problems)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -99,8 +104,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(value: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, on the mesh: each device gets its part."""
+def is_abstract(tree: Any) -> bool:
+    """Whether a tree (or a model) has shapes, `jax.ShapeDtypeStruct`, in place of arrays."""
+    leaves = jax.tree.leaves(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """An array that every process has whole, on the mesh: each device gets its part. Of a shape, the shape there."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(value), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
@@ -137,8 +150,10 @@ def place_adapter(model: nnx.Module) -> None:
     if mesh is None:
         return
     flat = nnx.to_flat_state(nnx.state(model))
-    specs = {path: variable[...].sharding.spec for path, variable in flat if _is_placed(variable)}
-    placed = [(path, v if _is_placed(v) else v.replace(put(v[...], _beside(path, v, specs, mesh)))) for path, v in flat]
+    specs = {path: variable.get_value().sharding.spec for path, variable in flat if _is_placed(variable)}
+    placed = [
+        (path, v if _is_placed(v) else v.replace(put(v.get_value(), _beside(path, v, specs, mesh)))) for path, v in flat
+    ]
     nnx.update(model, nnx.from_flat_state(placed))
 
 
@@ -154,7 +169,7 @@ def _beside(path: tuple[Any, ...], variable: Any, specs: Mapping[Any, PartitionS
 
 
 def _is_placed(variable: Any) -> bool:
-    return isinstance(variable[...].sharding, NamedSharding)
+    return isinstance(variable.get_value().sharding, NamedSharding)
 
 
 def _on(mesh: Mesh, entry: Any) -> tuple[str, ...]:
