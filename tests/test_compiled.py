@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from moe_lora_interop.errors import ConfigError
-from moe_lora_jax.compiled import estimated_cycles, topology
+from moe_lora_jax.compiled import estimated_cycles, topology, usable_bytes
 from moe_lora_jax.compiled.hlo import read_hlo
 
 # A loop of 3 known trips around a loop whose u32 bound, 5, stands in its condition; two branches; a Pallas kernel.
@@ -147,7 +147,7 @@ def test_topologies_are_those_of_the_words(name, chips, kind, gib, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
     found = topology(name)
     assert (len(found.devices), {device.device_kind for device in found.devices}) == (chips, {kind})
-    assert found.bytes_per_device == int(gib * 2**30)
+    assert usable_bytes(found.devices[0]) == int(gib * 2**30)
     assert "TPU_SKIP_MDS_QUERY" not in os.environ and os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
 
 
@@ -158,7 +158,7 @@ def test_a_chips_memory_is_what_its_compiler_calls_available(name):
     huge = jax.ShapeDtypeStruct((200, 2**28), jnp.float32, sharding=SingleDeviceSharding(found.devices[0]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
         jax.jit(lambda x: (x * 2, jnp.cumsum(x, 1))).lower(huge).compile()
-    assert f"exceeds available HBM ({found.bytes_per_device / 2**30:.2f}G)" in str(error.value)
+    assert f"exceeds available HBM ({usable_bytes(found.devices[0]) / 2**30:.2f}G)" in str(error.value)
 
 
 @needs_libtpu

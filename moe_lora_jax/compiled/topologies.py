@@ -24,17 +24,19 @@ _ENVIRONMENT = {
 
 
 class _Generation(NamedTuple):
-    """Of a topology's axes the number, of a chip's memory GiB: the "available HBM" of libtpu 0.0.42's refusals."""
+    """JAX's word for a chip; how many axes a topology has; and GiB that a program can have on one chip: the "available
+    HBM" of libtpu 0.0.42's refusals."""
 
+    kind: str
     axes: int
     hbm: float
     examples: str
 
 
 GENERATIONS = {
-    "v5e": _Generation(2, 15.75, "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:8x8"),
-    "v6e": _Generation(2, 31.25, "v6e:1x1, v6e:2x2, v6e:2x4, v6e:4x4, v6e:8x8"),
-    "v5p": _Generation(3, 95.74, "v5p:1x1x1, v5p:2x2x1, v5p:2x2x2, v5p:2x2x4, v5p:4x4x4"),
+    "v5e": _Generation("TPU v5 lite", 2, 15.75, "v5e:1x1, v5e:2x2, v5e:2x4, v5e:4x4, v5e:8x8"),
+    "v6e": _Generation("TPU v6 lite", 2, 31.25, "v6e:1x1, v6e:2x2, v6e:2x4, v6e:4x4, v6e:8x8"),
+    "v5p": _Generation("TPU v5", 3, 95.74, "v5p:1x1x1, v5p:2x2x1, v5p:2x2x2, v5p:2x2x4, v5p:4x4x4"),
 }
 
 
@@ -44,12 +46,10 @@ class Topology:
 
     name: as given, e.g. "v5e:4x4".
     devices: what `make_mesh(sizes, devices=...)` takes.
-    bytes_per_device: memory that a program can use on one of them.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
-    bytes_per_device: int
 
 
 def topology(name: str) -> Topology:
@@ -78,7 +78,20 @@ def topology(name: str) -> Topology:
             )
         except jax.errors.JaxRuntimeError as error:
             raise _unknown(name) from error
-    return Topology(name, tuple(found.devices), int(generation.hbm * 2**30))
+    return Topology(name, tuple(found.devices))
+
+
+def usable_bytes(device: jax.Device) -> int:
+    """The memory of a device that one program can have.
+
+    Raises:
+        ConfigError: a kind of device that is not known here.
+    """
+    known = {generation.kind: generation.hbm for generation in GENERATIONS.values()}
+    if device.device_kind not in known:
+        problem = f"device: found {device.device_kind!r}, expected one of {', '.join(known)}"
+        raise ConfigError("cannot tell how much memory there is", [problem])
+    return int(known[device.device_kind] * 2**30)
 
 
 def _unknown(name: str) -> ConfigError:

@@ -63,6 +63,10 @@ class StepMetrics(NamedTuple):
     router: dict[str, RouterSums]
 
 
+TrainStep = jax.stages.Wrapped
+"""(TrainState, FrozenState, Batch) -> (TrainState, StepMetrics), jitted; `lower` takes shapes as well."""
+
+
 def split_model(
     model: nnx.Module, trainable: Callable[..., bool] | type, optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, TrainState, FrozenState]:
@@ -104,7 +108,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: MoeLoraConfig | None,
     like: TrainState | None = None,
-) -> Callable[[TrainState, FrozenState, Batch], tuple[TrainState, StepMetrics]]:
+) -> TrainStep:
     """The jitted step: mean gradient over all micro-batches, then one optimizer update.
 
     The loss is next-token loss + router_aux_loss_coef * load balancing + router_z_loss_coef * z loss. Micro-batches are
