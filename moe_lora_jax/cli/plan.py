@@ -139,6 +139,7 @@ def _numbers(plan: Plan) -> dict[str, Any]:
         "arguments": plan.memory.arguments,
         "temporaries": plan.memory.temporaries,
         "step_total": plan.memory.total,
+        "program": plan.code,
         "kept_beside": plan.kept,
         "largest_buffers": [dataclasses.asdict(buffer) for buffer in plan.memory.buffers],
         "cycles": None if plan.cycles is None else plan.cycles.total,
@@ -156,6 +157,7 @@ def _lines(plan: Plan, words: str) -> list[str]:
         f"  {_size(plan.memory.arguments):>10}  arguments: base model, adapter, optimizer, batch",
         f"  {_size(plan.memory.temporaries):>10}  temporaries, at their peak",
         f"  {_size(plan.kept):>10}  kept beside the step: the model as loaded, where the step has a copy",
+        f"  {_size(plan.code):>10}  the program itself",
         "largest buffers, on one chip:",
         *(f"  {_size(buffer.bytes):>10}  {buffer.shape}  {_origin(buffer)}" for buffer in plan.memory.buffers),
     ]

@@ -16,11 +16,13 @@ class Ahead:
     """What compiling said.
 
     memory: of one device.
+    code: bytes of the program itself, which lies in the same memory; 0 of what does not fit.
     cycles: the TPU compiler's estimate; None where it has none (on other devices, and of what does not fit).
     refusal: the compiler's words if the program needs more memory than the device has; else None.
     """
 
     memory: Memory
+    code: int
     cycles: Cycles | None
     refusal: str | None
 
@@ -32,9 +34,11 @@ def compile_ahead(lowered: jax.stages.Lowered) -> Ahead:
         jax.errors.JaxRuntimeError: it cannot be compiled, for another reason than that the memory does not suffice.
     """
     with tempfile.TemporaryDirectory() as folder:
-        cycles, refusal = None, None
+        code, cycles, refusal = 0, None, None
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            stats = compiled.memory_analysis()
+            code = 0 if stats is None else stats.generated_code_size_in_bytes
             text = compiled.as_text() or ""
             cycles = estimated_cycles(text) if '"estimated_cycles"' in text else None
         except jax.errors.JaxRuntimeError as error:
@@ -43,4 +47,4 @@ def compile_ahead(lowered: jax.stages.Lowered) -> Ahead:
             refusal = str(error)
         (assignment,) = Path(folder).glob("*after_optimizations-buffer-assignment.txt")
         (program,) = Path(folder).glob("*after_optimizations.txt")
-        return Ahead(read_memory(assignment.read_text(), read_hlo(program.read_text())), cycles, refusal)
+        return Ahead(read_memory(assignment.read_text(), read_hlo(program.read_text())), code, cycles, refusal)

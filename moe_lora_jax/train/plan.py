@@ -29,6 +29,7 @@ class Plan:
     devices: how many, and of which kind.
     usable: what a program can have there.
     memory: arguments, temporaries, total and largest buffers of the step.
+    code: of the program itself.
     kept: what lies beside it while it runs: the model as loaded, as far as the step has copies of it (with scan_layers
         of the layers, always of what is trained).
     cycles: of one step on one device; None for what does not fit and for GPUs.
@@ -39,14 +40,15 @@ class Plan:
     kind: str
     usable: int
     memory: Memory
+    code: int
     kept: int
     cycles: Cycles | None
     refusal: str | None
 
     @property
     def needed(self) -> int:
-        """The step's total, and what lies beside it."""
-        return self.memory.total + self.kept
+        """The step's total, its program, and what lies beside it."""
+        return self.memory.total + self.code + self.kept
 
     @property
     def fits(self) -> bool:
@@ -86,7 +88,7 @@ def plan(model: nnx.Module, settings: TrainSettings, *, max_length: int) -> Plan
     batch = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding(mesh, 1)), dtypes)
     ahead = compile_ahead(setup.step.lower(setup.state, setup.frozen, batch))
     kept = _kept(model, setup)
-    return Plan(mesh.devices.size, kind, usable, ahead.memory, kept, ahead.cycles, ahead.refusal)
+    return Plan(mesh.devices.size, kind, usable, ahead.memory, ahead.code, kept, ahead.cycles, ahead.refusal)
 
 
 def _kept(model: nnx.Module, setup: Setup) -> int:
