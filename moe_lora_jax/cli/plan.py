@@ -49,15 +49,15 @@ def plan(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int | None:
-    """Say whether a training run fits on TPUs that are not here, and what a step costs there.
+    """Say whether a training run fits on devices that are not here, and what a step costs.
 
-    Compiles the step that `train` would run with these flags, by the TPU's own compiler, on this machine. No weights
+    Compiles the step that `train` would run with these flags, by the devices' own compiler, on this machine. No weights
     are read. Evaluation, saving, waiting for other chips and the Pallas kernels' cycles are not in the numbers. Exit
     code 1: it does not fit.
 
     Args:
         model: config.json, a Hugging Face model directory (with or without weights), or an id in the Hub's cache.
-        topology: TPU generation and chips: v5e:4x4, v6e:2x4, v5p:2x2x4.
+        topology: TPU generation and chips: v5e:4x4, v6e:2x4, v5p:2x2x4; or GPUs: h100:8 (extra plan-gpu; no cycles).
         seq: tokens of the longest row.
         batch_size: rows of one forward pass.
         gradient_accumulation: forward passes per optimizer step.
@@ -129,7 +129,7 @@ def _source(model: str) -> Path:
 
 
 def _numbers(plan: Plan) -> dict[str, Any]:
-    """For --json: bytes on one chip."""
+    """For --json: bytes on one device."""
     return {
         "fits": plan.fits,
         "devices": plan.devices,
@@ -152,13 +152,13 @@ def _lines(plan: Plan, words: str) -> list[str]:
     too_much = plan.needed - plan.usable
     verdict = "fits" if plan.fits else f"does not fit: {_size(too_much)} too much"
     lines = [
-        f"{words}: {plan.devices} x {plan.kind}, {_size(plan.usable)} a chip",
+        f"{words}: {plan.devices} x {plan.kind}, {_size(plan.usable)} each",
         f"{verdict} ({_size(plan.needed)} needed)",
         f"  {_size(plan.memory.arguments):>10}  arguments: base model, adapter, optimizer, batch",
         f"  {_size(plan.memory.temporaries):>10}  temporaries, at their peak",
         f"  {_size(plan.kept):>10}  kept beside the step: the model as loaded, where the step has a copy",
-        f"  {_size(plan.code):>10}  the program itself",
-        "largest buffers, on one chip:",
+        *([f"  {_size(plan.code):>10}  the program itself"] if plan.code else []),
+        "largest buffers, on one of them:",
         *(f"  {_size(buffer.bytes):>10}  {buffer.shape}  {_origin(buffer)}" for buffer in plan.memory.buffers),
     ]
     if plan.cycles is not None:
