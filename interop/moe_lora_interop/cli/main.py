@@ -31,7 +31,7 @@ SUMMARIES = {
     "verify": "Check a checkpoint completely. Exit code 0: sound, 1: not.",
 }
 EXIT_CODES = """exit codes: 0 done
-            1 the verb says no: an adapter is not sound, two outputs differ
+            1 the verb says no: an adapter is not sound, two outputs differ, a run does not fit
             2 wrong use or bad input, with the reasons on stderr
             3 out of memory, with what makes the work smaller on stderr (where Linux kills the process instead: 137)
             130 interrupted; `train` has saved a checkpoint and says how to continue"""
