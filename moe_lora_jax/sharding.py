@@ -6,7 +6,7 @@ weight, "tensor" the weights' heads and hidden units, "expert" the experts. A me
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,10 @@ RULES: Rules = (
     (r".*\.(q|k|v|gate|up)_proj\.bias", PartitionSpec("tensor")),
     (r".*\.(o|down)_proj\.kernel", PartitionSpec("tensor", "fsdp")),
 )
+
+
+FEATURES = {"lora_a": 2, "lora_b": 2, "kernel": 0, "kernels": 0, "threshold_kernel": 0}
+"""Which axis of an adapter's variable is as long as the model is wide: `in` of A and of routers, `out` of B."""
 
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -143,8 +147,11 @@ def put_rows(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
 def place_adapter(model: nnx.Module) -> None:
     """Puts an adapter, and every other variable that is not there yet, on the mesh of the base model's variables.
 
-    A [expert, rank, in] and B [expert, rank, out] are spread as `in` and `out` of the base layer's kernel [in, out]
-    are, and over "expert" where the mesh has it and it divides their number; the rest is whole on every device.
+    The features `in` of A [expert, rank, in] and of a router's kernel [in, logit], and `out` of B [expert, rank, out],
+    lie as the axis of that name of the layer's kernel [in, out] does, and over "fsdp" too. What is left of "fsdp" and
+    "tensor" goes to the rank of A and B: there XLA gathers the small factor when it is due, while with "tensor" on
+    features that the kernel has whole the devices would exchange activations. Experts go over "expert". An axis that
+    does not divide a size is left out. The rest (biases, task tables, RNG streams) is whole on every device.
     """
     mesh = mesh_of(model)
     if mesh is None:
@@ -158,14 +165,31 @@ def place_adapter(model: nnx.Module) -> None:
 
 
 def _beside(path: tuple[Any, ...], variable: Any, specs: Mapping[Any, PartitionSpec], mesh: Mesh) -> NamedSharding:
-    kernel_axis = {"lora_a": 0, "lora_b": 1}.get(path[-1])
-    spec = next((specs[p] for n in (1, 2) if (p := (*path[:-1], *["base_layer"] * n, "kernel")) in specs), None)
-    if kernel_axis is None or variable.ndim != 3 or spec is None:
+    """Where a variable goes that is not on the mesh yet."""
+    name = path[-1] if isinstance(path[-1], str) else path[-2]  # a model router's kernels are a list
+    if not isinstance(variable, nnx.LoRAParam) or FEATURES.get(name, variable.ndim) >= variable.ndim:
         return replicated(mesh)
-    parts = mesh.shape.get("expert", 1)
-    experts = "expert" if parts > 1 and variable.shape[0] % parts == 0 else None
-    features = spec[kernel_axis] if kernel_axis < len(spec) else None
-    return NamedSharding(mesh, PartitionSpec(experts, None, features))
+    layer = path[:-2] if path[-2:-1] == ("router",) else path[:-1]
+    kernels = ((*layer, *["base_layer"] * n, "kernel", *codes) for n in (1, 2) for codes in ((), ("codes",)))
+    spec = next((specs[kernel] for kernel in kernels if kernel in specs), PartitionSpec())
+    own = _on(mesh, (*spec, None, None)[int(name == "lora_b")])
+    where: list[tuple[str, ...]] = [()] * variable.ndim
+    where[FEATURES[name]] = dividing(variable.shape[FEATURES[name]], (*own, "fsdp"), mesh)
+    if name in ("lora_a", "lora_b"):
+        where[0] = dividing(variable.shape[0], ("expert",), mesh)
+        if variable.shape[0] > 1:  # the rank of a single expert would be summed over devices, not gathered
+            left = [axis for axis in ("fsdp", "tensor") if axis not in where[2]]
+            where[1] = dividing(variable.shape[1], left, mesh)
+    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in where)))
+
+
+def dividing(size: int, axes: Iterable[str], mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which `size` can be spread: in this order, each that the mesh has and that still divides it."""
+    chosen: tuple[str, ...] = ()
+    for axis in dict.fromkeys(axes):
+        if axis in mesh.axis_names and size % math.prod(mesh.shape[name] for name in (*chosen, axis)) == 0:
+            chosen += (axis,)
+    return chosen
 
 
 def _is_placed(variable: Any) -> bool:
