@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust scale fuzz zero3 tunix compat current package audit clean
+.PHONY: quickstart test lint docs notebooks notebooks-outputs bench bench-peers effect peft-suite peft-suite-quick trust scale plan fuzz zero3 tunix compat current package audit clean
 
 quickstart: .venv/installed
 	$(BIN)/moe-lora quickstart
@@ -34,6 +34,13 @@ trust: .venv/installed
 # meshes of 8 forced devices, and 2 and 4 processes, against one device; the largest differences at the end
 scale: .venv/installed
 	$(BIN)/python -m pytest --full tests/test_mesh.py tests/test_processes.py
+
+# the table of docs/scale.md: 15 steps compiled for TPUs and GPUs that are not here. It takes hours; stopped, it goes on
+plan: .venv/installed build/cuda
+	PYTHONPATH=build/cuda $(BIN)/python tools/plan_table.py
+
+build/cuda: | .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
 
 # atheris looks for bytes that reach new code in the readers; it is installed beside the project
 fuzz: .venv/installed

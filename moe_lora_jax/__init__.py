@@ -15,7 +15,7 @@ from moe_lora_jax.layers.linear import MoeLoraLinear
 from moe_lora_jax.layers.linear_maps import LinearMap
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.layers.router import Router
-from moe_lora_jax.models import CausalLM, generate, load_base_model
+from moe_lora_jax.models import CausalLM, abstract_base_model, generate, load_base_model
 from moe_lora_jax.models.quantized import quantize_base
 from moe_lora_jax.sharding import make_mesh
 
@@ -32,6 +32,7 @@ __all__ = [
     "MoeLoraParam",
     "Router",
     "RouterOutput",
+    "abstract_base_model",
     "apply_moe_lora",
     "combine",
     "experts_only",

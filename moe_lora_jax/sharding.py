@@ -6,7 +6,7 @@ weight, "tensor" the weights' heads and hidden units, "expert" the experts. A me
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,19 +32,28 @@ RULES: Rules = (
 )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices of all processes, e.g. {"data": 2, "fsdp": 4}.
+FEATURES = {"lora_a": 2, "lora_b": 2, "kernel": 0, "kernels": 0, "threshold_kernel": 0}
+"""Which axis of an adapter's variable is as long as the model is wide: `in` of A and of routers, `out` of B."""
+
+
+def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices of all processes, e.g. {"data": 2, "fsdp": 4}; or of the devices given.
+
+    Args:
+        sizes: {axis: into how many parts}.
+        devices: those to use, for example of a topology that a program is compiled for (`compiled.topology`).
 
     Raises:
         ConfigError: an unknown axis, or sizes whose product is not the number of devices.
     """
     problems = [f"axis: found {name!r}, expected some of {', '.join(AXES)}" for name in sizes if name not in AXES]
-    product, devices = math.prod(sizes.values()), jax.device_count()
-    if product != devices or min(sizes.values(), default=1) < 1:
-        problems.append(f"sizes: found {dict(sizes)}, expected numbers whose product is that of devices, {devices}")
+    product, count = math.prod(sizes.values()), jax.device_count() if devices is None else len(devices)
+    if product != count or min(sizes.values(), default=1) < 1:
+        problems.append(f"sizes: found {dict(sizes)}, expected numbers whose product is that of devices, {count}")
     if problems:
         raise ConfigError("no such mesh", problems)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -99,8 +108,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(value: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, on the mesh: each device gets its part."""
+def is_abstract(tree: Any) -> bool:
+    """Whether a tree (or a model) has shapes, `jax.ShapeDtypeStruct`, in place of arrays."""
+    leaves = jax.tree.leaves(nnx.state(tree) if isinstance(tree, nnx.Module) else tree)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """An array that every process has whole, on the mesh: each device gets its part. Of a shape, the shape there."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         data = put(jax.random.key_data(value), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
@@ -130,31 +147,53 @@ def put_rows(tree: Any, mesh: Mesh | None, axis: int = 0) -> Any:
 def place_adapter(model: nnx.Module) -> None:
     """Puts an adapter, and every other variable that is not there yet, on the mesh of the base model's variables.
 
-    A [expert, rank, in] and B [expert, rank, out] are spread as `in` and `out` of the base layer's kernel [in, out]
-    are, and over "expert" where the mesh has it and it divides their number; the rest is whole on every device.
+    The features `in` of A [expert, rank, in] and of a router's kernel [in, logit], and `out` of B [expert, rank, out],
+    lie as the axis of that name of the layer's kernel [in, out] does, and over "fsdp" too. What is left of "fsdp" and
+    "tensor" goes to the rank of A and B: there XLA gathers the small factor when it is due, while with "tensor" on
+    features that the kernel has whole the devices would exchange activations. Experts go over "expert". An axis that
+    does not divide a size is left out. The rest (biases, task tables, RNG streams) is whole on every device.
     """
     mesh = mesh_of(model)
     if mesh is None:
         return
     flat = nnx.to_flat_state(nnx.state(model))
-    specs = {path: variable[...].sharding.spec for path, variable in flat if _is_placed(variable)}
-    placed = [(path, v if _is_placed(v) else v.replace(put(v[...], _beside(path, v, specs, mesh)))) for path, v in flat]
+    specs = {path: variable.get_value().sharding.spec for path, variable in flat if _is_placed(variable)}
+    placed = [
+        (path, v if _is_placed(v) else v.replace(put(v.get_value(), _beside(path, v, specs, mesh)))) for path, v in flat
+    ]
     nnx.update(model, nnx.from_flat_state(placed))
 
 
 def _beside(path: tuple[Any, ...], variable: Any, specs: Mapping[Any, PartitionSpec], mesh: Mesh) -> NamedSharding:
-    kernel_axis = {"lora_a": 0, "lora_b": 1}.get(path[-1])
-    spec = next((specs[p] for n in (1, 2) if (p := (*path[:-1], *["base_layer"] * n, "kernel")) in specs), None)
-    if kernel_axis is None or variable.ndim != 3 or spec is None:
+    """Where a variable goes that is not on the mesh yet."""
+    name = path[-1] if isinstance(path[-1], str) else path[-2]  # a model router's kernels are a list
+    if not isinstance(variable, nnx.LoRAParam) or FEATURES.get(name, variable.ndim) >= variable.ndim:
         return replicated(mesh)
-    parts = mesh.shape.get("expert", 1)
-    experts = "expert" if parts > 1 and variable.shape[0] % parts == 0 else None
-    features = spec[kernel_axis] if kernel_axis < len(spec) else None
-    return NamedSharding(mesh, PartitionSpec(experts, None, features))
+    layer = path[:-2] if path[-2:-1] == ("router",) else path[:-1]
+    kernels = ((*layer, *["base_layer"] * n, "kernel", *codes) for n in (1, 2) for codes in ((), ("codes",)))
+    spec = next((specs[kernel] for kernel in kernels if kernel in specs), PartitionSpec())
+    own = _on(mesh, (*spec, None, None)[int(name == "lora_b")])
+    where: list[tuple[str, ...]] = [()] * variable.ndim
+    where[FEATURES[name]] = dividing(variable.shape[FEATURES[name]], (*own, "fsdp"), mesh)
+    if name in ("lora_a", "lora_b"):
+        where[0] = dividing(variable.shape[0], ("expert",), mesh)
+        if variable.shape[0] > 1:  # the rank of a single expert would be summed over devices, not gathered
+            left = [axis for axis in ("fsdp", "tensor") if axis not in where[2]]
+            where[1] = dividing(variable.shape[1], left, mesh)
+    return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in where)))
+
+
+def dividing(size: int, axes: Iterable[str], mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which `size` can be spread: in this order, each that the mesh has and that still divides it."""
+    chosen: tuple[str, ...] = ()
+    for axis in dict.fromkeys(axes):
+        if axis in mesh.axis_names and size % math.prod(mesh.shape[name] for name in (*chosen, axis)) == 0:
+            chosen += (axis,)
+    return chosen
 
 
 def _is_placed(variable: Any) -> bool:
-    return isinstance(variable[...].sharding, NamedSharding)
+    return isinstance(variable.get_value().sharding, NamedSharding)
 
 
 def _on(mesh: Mesh, entry: Any) -> tuple[str, ...]:

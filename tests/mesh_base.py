@@ -11,7 +11,16 @@ from moe_lora_interop.disk.files import write_tensors
 from moe_lora_jax.demo.small_base import stored_tensors
 from moe_lora_jax.models import CausalLM, DecoderConfig
 
-CONFIG = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": False}
+# 72 tokens, so that no other weight has the table's shape, on part of the devices either
+CONFIG = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": False, "vocab_size": 72}
+GEMMA = {  # a scaled embedding, which is the head too
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "tie_word_embeddings": True,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 5,
+}
 ADAPTER = {"r": 2, "num_experts": 4, "top_k": 2, "target_modules": "all-linear"}
 
 

@@ -5,12 +5,13 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
-from mesh_base import adapted, write_base
+from mesh_base import GEMMA, adapted, write_base
 from tiny_training import token_data
 
 import moe_lora_jax as mlj
@@ -25,13 +26,19 @@ MESHES = {
     "tensor": {"tensor": 2, "data": 4},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
     "expert": {"expert": 4, "data": 2},
+    "data fsdp": {"data": 2, "fsdp": 4},
+    "fsdp tensor": {"fsdp": 4, "tensor": 2},
+    "fsdp expert": {"fsdp": 2, "expert": 4},
 }
 VARIANTS = {
     "": {},
     "scan": {"scan": True},
     "ffn": {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "model": {"scope": "model"},
+    "gemma": {},
+    "one expert": {"num_experts": 1, "top_k": None, "r": 8},
 }
+BASES = {"gemma": GEMMA}
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 FIELDS = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "lora_dropout": 0.1}
 
@@ -66,24 +73,33 @@ def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:
         "generated": np.asarray(mlj.generate(model, prompts, max_new_tokens=5)).tolist(),
         "loss after": mlj.train.evaluate(model, token_data(8), batch_size=8),
         "collectives": Counter(" ".join(found[::-1]) for found in COLLECTIVE.findall(program)),
-        "parts": {path: leaf.size // leaf.addressable_shards[0].data.size for path, leaf in spread(model).items()},
+        "parts": parts(nnx.state(model)),
+        "AdamW's parts": parts(split_model(model, PARTS["all"], optax.adamw(1.0))[1].opt_state),
     }
 
 
-def spread(model: nnx.Module) -> dict[str, jax.Array]:
-    """The variables of the model without its second layer."""
-    flat = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(nnx.state(model))}
+def parts(tree: Any) -> dict[str, int]:
+    """{dotted path: into how many parts an array is cut}, without counters, RNG streams and the second layer."""
+    found = {".".join(map(part, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return {
-        path: leaf for path, leaf in flat.items() if "layers.1" not in path and "rngs" not in path and leaf.size > 0
+        path: leaf.size // leaf.addressable_shards[0].data.size
+        for path, leaf in found.items()
+        if "layers.1" not in path and "rngs" not in path and leaf.size > 1
     }
+
+
+def part(key: Any) -> str:
+    return str(next(getattr(key, field) for field in ("key", "idx", "name") if hasattr(key, field)))
 
 
 def main(directory: Path, names: list[str]) -> None:
     """For every name, "MESH" or "MESH, VARIANT", also one device with that variant: "one, VARIANT"."""
-    base, answer = write_base(directory / "base"), {}
+    answer = {}
     for name in names:
         mesh, _, variant = name.partition(", ")
-        fields = VARIANTS[variant]
+        fields, base = VARIANTS[variant], directory / f"base {variant}"
+        if not base.exists():
+            write_base(base, **BASES.get(variant, {}))
         one = f"one, {variant}"
         if one not in answer:
             answer[one] = trained(base, None, **fields)

@@ -6,11 +6,12 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moe_lora_interop.errors import ConfigError
-from moe_lora_jax.compiled import estimated_cycles, topology
+from moe_lora_jax.compiled import compile_ahead, estimated_cycles, topology, usable_bytes
 from moe_lora_jax.compiled.hlo import read_hlo
+from moe_lora_jax.sharding import make_mesh
 
 # A loop of 3 known trips around a loop whose u32 bound, 5, stands in its condition; two branches; a Pallas kernel.
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -147,7 +148,7 @@ def test_topologies_are_those_of_the_words(name, chips, kind, gib, monkeypatch):
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
     found = topology(name)
     assert (len(found.devices), {device.device_kind for device in found.devices}) == (chips, {kind})
-    assert found.bytes_per_device == int(gib * 2**30)
+    assert usable_bytes(found.devices[0]) == int(gib * 2**30)
     assert "TPU_SKIP_MDS_QUERY" not in os.environ and os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
 
 
@@ -158,20 +159,41 @@ def test_a_chips_memory_is_what_its_compiler_calls_available(name):
     huge = jax.ShapeDtypeStruct((200, 2**28), jnp.float32, sharding=SingleDeviceSharding(found.devices[0]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as error:
         jax.jit(lambda x: (x * 2, jnp.cumsum(x, 1))).lower(huge).compile()
-    assert f"exceeds available HBM ({found.bytes_per_device / 2**30:.2f}G)" in str(error.value)
+    assert f"exceeds available HBM ({usable_bytes(found.devices[0]) / 2**30:.2f}G)" in str(error.value)
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e:4", "v5e", "h100:8", "v5p:2x2", "v5e:0x2", "v5e:2x-2", "v9:2x2", ""])
+@pytest.mark.parametrize(
+    "name", ["v5e:4", "v5e", "h100:0", "h100:1x2x3", "h300:8", "v5p:2x2", "v5e:0x2", "v5e:2x-2", "v9:2x2", ""]
+)
 def test_an_unknown_topology_lists_what_works(name):
     with pytest.raises(ConfigError, match="no such topology") as error:
         topology(name)
     (problem,) = error.value.problems
-    assert problem.startswith(f"topology: found {name!r}, expected one like v5e:1x1,") and "v5p:2x2x4" in problem
+    assert problem.startswith(f"topology: found {name!r}, expected one like v5e:1x1,")
+    assert "v5p:2x2x4" in problem and problem.endswith("; h100:8; h200:8")
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch):
+def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ConfigError, match=r"libtpu: found none, .*pip install 'moe-lora-jax\[plan\]'"):
         topology("v5e:2x2")
+    with pytest.raises(ConfigError, match=r"jax_cuda12_plugin: found none, .*pip install 'moe-lora-jax\[plan-gpu\]'"):
+        topology("h100:8")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the GPU's compiler is the extra [plan-gpu]"
+)
+def test_a_program_for_gpus_is_compiled_and_measured():
+    """x [4096, 512] bf16 on 8 GPUs, and its product with itself, gathered."""
+    devices = topology("h100:8").devices
+    assert len(devices) == 8 and usable_bytes(devices[0]) == int(0.75 * 84942979072)
+    assert usable_bytes(topology("h200:2x8").devices[15]) == int(0.75 * 151397597184)
+    mesh = make_mesh({"data": 8}, devices=devices)
+    x = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    ahead = compile_ahead(jax.jit(lambda x: x @ x.T, out_shardings=x.sharding).lower(x))
+    assert ahead.memory.arguments == 512 * 512 * 2 and ahead.cycles is None and ahead.refusal is None
+    assert ahead.memory.total >= (512 * 512 + 4096 * 512 + 512 * 4096) * 2
+    assert any(b.op_name.endswith("dot_general") and "test_compiled.py:" in b.source for b in ahead.memory.buffers)

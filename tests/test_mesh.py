@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,15 +21,41 @@ from moe_lora_jax.cli.train_flags import MachineFlags
 from moe_lora_jax.processes import connect
 from moe_lora_jax.sharding import RULES, mesh_of, shardings
 
+ARRAY = re.compile(r"\w+\[[\d,]*\]")
 WORKER = Path(__file__).parent / "mesh_worker.py"
-MESHES = ("mixed, scan", "data", "mixed", "fsdp", "tensor", "expert", "mixed, ffn", "mixed, model")
-ONE = {f"one, {variant}" for variant in ("", "scan", "ffn", "model")}
-TOKENS = {"192", "8,24"}  # of a micro-batch, flat and not
+MESHES = (
+    "mixed, scan",
+    "data",
+    "mixed",
+    "fsdp",
+    "tensor",
+    "expert",
+    "data fsdp",
+    "fsdp tensor",
+    "fsdp expert",
+    "data fsdp, gemma",
+    "mixed, ffn",
+    "mixed, model",
+)
+ONE = {f"one, {variant}" for variant in ("", "scan", "ffn", "model", "gemma")}
+TOKENS = {"f32[192,", "f32[8,24,"}  # activations of a micro-batch, flat and not
+TABLE = {"f32[72,32]", "f32[36,32]"}
 GATHERED = {  # base weights, as wide as a device that has its share of "tensor" needs them
-    "fsdp": {"32,32", "32,16", "32,48", "48,32", "64,32", "32,64"},
-    "mixed": {"32,16", "16,32", "32,8", "8,32", "32,24", "24,32", "32,32"},
+    "fsdp": {"32,32", "32,16", "32,48", "48,32", "32,72"},
+    "mixed": {"32,16", "16,32", "32,8", "8,32", "32,24", "24,32", "32,36"},
 }
-PARTS = {"data": 1, "fsdp": 8, "tensor": 2, "mixed": 4, "expert": 1}
+GATHERED |= {"data fsdp": GATHERED["fsdp"], "fsdp expert": GATHERED["fsdp"], "fsdp tensor": GATHERED["mixed"]}
+# into how many parts a mesh cuts the base's weights and the table, A and B, and the routers' kernels
+PARTS = {
+    "data": (1, 1, {1}),
+    "fsdp": (8, 8, {8}),
+    "data fsdp": (4, 4, {4}),
+    "tensor": (2, 2, {1, 2}),  # whole where the layer's input is
+    "fsdp tensor": (8, 8, {4, 8}),
+    "mixed": (4, 4, {2, 4}),
+    "expert": (1, 4, {1}),
+    "fsdp expert": (2, 8, {2}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +90,26 @@ def test_ten_steps_are_those_of_one_device(found, measured):
         assert mesh["generated"] == one["generated"]
 
 
-def test_weights_and_experts_are_spread_by_the_rules(found):
+def test_weights_experts_and_moments_are_spread_by_the_rules(found):
     for name, mesh in found.items():
         if name in ONE:
             continue
-        parts, expected = mesh["parts"], PARTS[name.partition(", ")[0]]
-        assert parts["model.embed_tokens.embedding"] == expected
-        layer = next(p for p in parts if p.endswith("lora_a")).removesuffix("lora_a")
-        (kernel,) = [
-            n
-            for path, n in parts.items()
-            if path.startswith(layer) and path.endswith("kernel") and "router" not in path
-        ]
-        assert kernel == expected
-        assert parts[f"{layer}lora_a"] * parts[f"{layer}lora_b"] == (16 if name == "expert" else expected)
-        assert all(n == 1 for path, n in parts.items() if "router" in path)
+        weights, factors, routers = PARTS[name.partition(", ")[0]]
+        for path, parts in {**mesh["parts"], **mesh["AdamW's parts"]}.items():
+            if "lora_a" in path or "lora_b" in path:
+                expected = {factors}
+            elif "router" in path:
+                expected = routers
+            else:
+                expected = {1} if "norm" in path else {weights}
+            assert parts in expected, (name, path, parts)
+        moments = [path for path in mesh["AdamW's parts"] if "lora_a" in path or "lora_b" in path]
+        assert len(moments) >= 2 * 2 * 3 and "model.embed_tokens.embedding.value" in mesh["parts"]
 
 
 def test_only_what_fsdp_spreads_is_gathered(found, measured):
-    """A device sees the base weights that it holds, and "fsdp"'s when they are due; and never others' tokens."""
+    """A device sees base weights other than its own when "fsdp" spreads them and they are due; the embedding's table
+    and others' activations never."""
     counts: Counter[str] = Counter()
     for name, mesh in found.items():
         gathered = set()
@@ -89,13 +117,15 @@ def test_only_what_fsdp_spreads_is_gathered(found, measured):
             kind, _, result = collective.partition(" ")
             counts[f"{kind} in the program of the mesh {name}"] += count
             if kind == "all-gather":
-                gathered |= {part.split("]")[0] for part in result.split("[")[1:]}
-        assert not gathered & TOKENS, (name, gathered)
-        base = {"32,32", "32,16", "32,48", "48,32", "64,32", "32,64"}
+                gathered |= set(ARRAY.findall(result))
+        assert not any(array.startswith(tuple(TOKENS)) for array in gathered), (name, gathered)
+        assert not gathered & TABLE, (name, gathered)
+        shapes = {array.partition("[")[2].strip("]") for array in gathered}
+        base = {"32,32", "32,16", "32,48", "48,32", "32,72"}
         allowed = GATHERED.get(name.partition(", ")[0], set())
-        assert not (gathered & base) - allowed, (name, gathered)
+        assert not (shapes & base) - allowed, (name, gathered)
         if name == "fsdp":
-            assert allowed - {"32,64", "48,32"} <= gathered
+            assert allowed - {"48,32"} <= shapes
         if name == "data":
             assert not gathered
         assert name in ONE or any("all-reduce" in c for c in mesh["collectives"])

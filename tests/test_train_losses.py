@@ -61,6 +61,28 @@ def test_next_token_loss_of_bfloat16_logits_is_computed_in_float32():
     assert mean == expected
 
 
+def test_the_gradient_of_next_token_loss_is_softmax_minus_one_at_the_target():
+    """(softmax(z_t-1) - onehot(id_t)) / count where token t counts, exactly 0 elsewhere."""
+    logits = rng.normal(size=(BATCH, SEQ, 11)).astype(np.float32)
+    ids = rng.integers(0, 11, (BATCH, SEQ))
+    counted = rng.random((BATCH, SEQ)) < 0.6
+    counted[0], counted[1, -1] = False, True  # a row without targets; a target in the last column
+    ids[2, 3], counted[2, 3] = 99, False  # padding may have any id
+    expected = np.zeros_like(logits)
+    for b, t in zip(*np.nonzero(counted[:, 1:]), strict=True):
+        expected[b, t] = softmax(logits[b, t].astype(np.float64)) - np.eye(11)[ids[b, t + 1]]
+    expected /= counted[:, 1:].sum()
+    gradient = jax.grad(lambda z: next_token_loss(z, jnp.asarray(ids), jnp.asarray(counted)).mean)(jnp.asarray(logits))
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+    assert not np.any(np.asarray(gradient)[expected == 0])
+
+
+def test_next_token_loss_of_a_target_outside_the_vocabulary_is_nan():
+    logits, counted = jnp.zeros((1, 3, 4)), jnp.ones((1, 3), bool)
+    for ids in ([[0, 4, 1]], [[0, -1, 1]]):
+        assert np.isnan(next_token_loss(logits, jnp.asarray(ids), counted).mean)
+
+
 def test_next_token_loss_of_nothing_is_zero_with_zero_gradient():
     ids, nothing = jnp.zeros((1, 3), int), jnp.zeros((1, 3), bool)
     logits = jnp.asarray(rng.normal(size=(1, 3, 4)), jnp.float32)

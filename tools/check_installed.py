@@ -15,7 +15,7 @@ import numpy as np
 import moe_lora_interop
 
 FRAMEWORKS = {"jax", "flax", "torch", "transformers", "peft"}
-CALLS = {"train --help": "train", "measure --help": "train", "run -- -m this": "torch"}
+CALLS = {"train --help": "train", "measure --help": "train", "plan --help": "plan", "run -- -m this": "torch"}
 """Calls of the program, and the extra that each needs."""
 
 
@@ -35,7 +35,7 @@ def main(extra: str, goldens: Path) -> None:
     golden = goldens / "native" / "top_k"
     read_and_convert(goldens / "layouts" / "poly" / "adapter")
     assert not FRAMEWORKS & sys.modules.keys(), "reading and converting imports a framework"
-    shell(golden / "adapter", {"jax": {"jax"}, "torch": {"torch"}, "all": {"train", "torch"}}.get(extra, set()))
+    shell(golden / "adapter", {"jax": {"jax"}, "torch": {"torch"}, "all": {"train", "torch", "plan"}}.get(extra, set()))
     if extra in ("jax", "all"):
         compare("JAX", in_jax(goldens / "base", golden / "adapter"), golden)
     if extra == "jax":

@@ -1,6 +1,7 @@
 """Finds the target layers of a model by their paths and swaps mixtures in; and out again."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from moe_lora_interop.config.base_name import hub_named
 from moe_lora_interop.config.modules import block_of, last_bias_problem, last_layer, order_problems, router_owners
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_jax.adapters.abstract import change_abstractly
 from moe_lora_jax.adapters.model_spec import ModelSpec, module_name
 from moe_lora_jax.layers.feed_forward import MoeLoraFeedForward, SlotLinear
 from moe_lora_jax.layers.linear import MoeLoraLinear
@@ -18,7 +20,7 @@ from moe_lora_jax.layers.linear_maps import LinearMap, linear_map
 from moe_lora_jax.layers.model_router import ModelRouter
 from moe_lora_jax.layers.multi_adapter import MultiAdapterLinear
 from moe_lora_jax.layers.shared import Shared
-from moe_lora_jax.sharding import place_adapter
+from moe_lora_jax.sharding import is_abstract, place_adapter
 from moe_lora_jax.tree import _find, has_adapter, modules, replace_module
 
 
@@ -51,8 +53,9 @@ def apply_moe_lora(
         param_dtype: storage dtype of A and B.
         spec: names and layer classes of a model that `load_base_model` did not make.
 
-    Where the base model's variables are on a mesh of devices, the adapter's are too (`sharding.place_adapter`). The
-    config with its targets resolved is kept as `model.moe_lora_config`; `save_pretrained` writes it.
+    Where the base model's variables are on a mesh of devices, the adapter's are too (`sharding.place_adapter`). On an
+    abstract model (`abstract_base_model`) the adapter is one of shapes, and `rngs` stays as it is. The config with its
+    targets resolved is kept as `model.moe_lora_config`; `save_pretrained` writes it.
 
     Raises:
         ConfigError: target_modules match nothing, or the config does not fit the matched modules.
@@ -83,6 +86,9 @@ def apply_to_modules(
     if config.modules_to_save:
         problem = f"modules_to_save: found {config.modules_to_save}, expected null: only PyTorch saves whole modules"
         raise ConfigError("the config does not fit the model", [problem])
+    if is_abstract(model):
+        apply = partial(apply_to_modules, config=config, chosen=chosen, param_dtype=param_dtype, spec=spec)
+        return change_abstractly(model, rngs, lambda model, rngs: apply(model, rngs=rngs))
     linears = linear_layers(model, spec)
     names = tuple(spec.names.items())
     unnamed = [m for m in chosen if names and module_name(linears[m].path, names) is None]

@@ -131,8 +131,8 @@ class DataFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineFlags:
-    """Where it runs, and in which numbers.
+class ProgramFlags:
+    """In which numbers it runs, and as which program.
 
     Args:
         dtype: of the base model.
@@ -140,18 +140,12 @@ class MachineFlags:
         remat: compute each layer's activations again in the backward pass instead of keeping them.
         mesh: spread the run over all devices, e.g. data=2 fsdp=4; the axes are data, fsdp, tensor and expert. With
             several processes, data alone if nothing is given.
-        coordinator: run as one of several processes, all with this HOST:PORT of the first; auto asks the cluster.
-        num_processes: how many they are.
-        process_id: which one this is, from 0.
     """
 
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     scan_layers: bool = False
     remat: bool = False
     mesh: tuple[str, ...] = ()
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
 
     def axes(self) -> dict[str, int]:
         """{axis: size} of the words that are right; `problems` names the others."""
@@ -166,3 +160,18 @@ class MachineFlags:
             for number, (word, name) in enumerate(zip(self.mesh, names, strict=True))
             if not word.partition("=")[2].isdigit() or name in names[:number]
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineFlags(ProgramFlags):
+    """Where it runs, and in which numbers.
+
+    Args:
+        coordinator: run as one of several processes, all with this HOST:PORT of the first; auto asks the cluster.
+        num_processes: how many they are.
+        process_id: which one this is, from 0.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None

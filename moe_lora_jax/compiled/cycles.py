@@ -89,7 +89,7 @@ def _called(program: Program, instruction: Instruction) -> list[tuple[str, int]]
 def _trips(program: Program, loop: Instruction) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text):
         return int(known[1])
-    todo, bounds = [loop.computation("condition")], []
+    todo, bounds = [loop.computation("condition")], list[int]()
     while todo:
         for instruction in program.computations.get(todo.pop() or "", []):
             bounds += map(int, re.findall(r"^[su]32\[\]\S* constant\((\d+)\)", instruction.text))

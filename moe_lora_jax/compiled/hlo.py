@@ -7,7 +7,9 @@ from pathlib import PurePath
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*")
 _INSTRUCTION = re.compile(r"  (?:ROOT )?%?([\w.\-]+) = (.*)")
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
-_ENTRY_OF_TABLE = re.compile(r'(\d+) (?:"(.*)"|\{file_(?:name|location)_id=(\d+).*?(?: line=(\d+).*)?\})')
+_ENTRY_OF_TABLE = re.compile(
+    r'(\d+) (?:"(.*)"|\{file_(?:name|location)_id=(\d+).*?(?: (?:line|parent_frame_id)=(\d+).*)?\})'
+)
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 
@@ -83,11 +85,16 @@ def read_hlo(text: str) -> Program:
 
 
 def _places(tables: dict[str, dict[str, tuple[str, str]]]) -> dict[str, str]:
-    """{stack frame: "file.py:line"} of its innermost call."""
-    found = {}
-    for frame, (location, _) in tables["StackFrames"].items():
+    """{stack frame: "file.py:line"} of its innermost call that is not flax's own."""
+    frames = tables["StackFrames"]
+
+    def place(frame: str) -> str:
+        location, parent = frames[frame]
         file, line = tables["FileLocations"].get(location, ("", ""))
         name, _ = tables["FileNames"].get(file, ("", ""))
-        if name:
-            found[frame] = f"{'/'.join(PurePath(name).parts[-3:])}:{line}"
-    return found
+        outer = str(int(parent or 1) - 1)  # counted from 1, where 1 is none
+        if "/flax/" in name and outer in frames and int(outer) < int(frame):
+            return place(outer)
+        return f"{'/'.join(PurePath(name).parts[-3:])}:{line}" if name else ""
+
+    return {frame: place(frame) for frame in frames}

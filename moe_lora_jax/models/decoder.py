@@ -15,7 +15,7 @@ from moe_lora_jax.models.masks import real_positions, visible
 from moe_lora_jax.models.norm import RMSNorm
 from moe_lora_jax.models.repeat import run_layers
 from moe_lora_jax.models.rope import rotary_tables
-from moe_lora_jax.sharding import row_parts, row_sharding
+from moe_lora_jax.sharding import dividing, row_parts, row_sharding
 
 
 class FeedForward(nnx.Module):
@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
             for window in dict.fromkeys(config.layer_windows)
         }
 
-        x = self._embedded(input_ids.reshape(-1))
+        x = self._embedded(input_ids.reshape(-1), batch)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, like transformers
         x = self._in_place(x, batch)
@@ -145,14 +145,23 @@ class Decoder(nnx.Module):
             cache = replace(cache, keys=tuple(keys), values=tuple(values))
         return self.norm(x).reshape(batch, length, -1), cache
 
-    def _embedded(self, ids: jax.Array) -> jax.Array:
-        """[tokens] -> [tokens, hidden]. The table's "fsdp" parts are gathered first; XLA would gather the result."""
+    def _embedded(self, ids: jax.Array, batch: int) -> jax.Array:
+        """[tokens] -> [tokens, hidden]. On a mesh the table stays where it lies; XLA alone would gather it.
+
+        Every device looks up the tokens of all of "fsdp" in its own features of the table. Then features and tokens
+        change places, which `_in_place` asks for.
+        """
         if self.mesh is None:
             return self.embed_tokens(ids)
-        table, parts = self.embed_tokens.embedding[...], self.mesh.shape.get("tensor", 1)
-        vocabulary = "tensor" if parts > 1 and table.shape[0] % parts == 0 else None
-        table = jax.lax.with_sharding_constraint(table, NamedSharding(self.mesh, PartitionSpec(vocabulary)))
-        return jnp.take(table, ids, axis=0)
+        is_spread = batch % row_parts(self.mesh) == 0
+        rows = dividing(ids.shape[0], ("data",) if is_spread else (), self.mesh) or None
+        features = dividing(self.config.hidden_size, ("fsdp",), self.mesh) or None
+        x = self._lying(self.embed_tokens(self._lying(ids, rows)), rows, features)
+        return x if is_spread else self._lying(x)
+
+    def _lying(self, x: jax.Array, *axes: tuple[str, ...] | None) -> jax.Array:
+        assert self.mesh is not None
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
     def _in_place(self, x: jax.Array, batch: int) -> jax.Array:
         """Keeps rows on their devices: XLA might move activations instead of gathering a layer's weights."""

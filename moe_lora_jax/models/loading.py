@@ -1,7 +1,6 @@
 """From a local Hugging Face directory to a `CausalLM`. Strict: every tensor is used, checked, or the load fails."""
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from moe_lora_interop.disk.dtypes import NUMPY, STORED
+from moe_lora_interop.disk.dtypes import NUMPY
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError
+from moe_lora_jax.models.abstract import INERT, abstract_model, checked_dtype, stored_dtype
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DecoderConfig
-from moe_lora_jax.models.repeat import check_remat
-from moe_lora_jax.sharding import RULES, Rules, automatic, read_sharded, shardings
+from moe_lora_jax.sharding import RULES, Rules, read_sharded
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Written by old transformers; recomputed from the config.
-_INERT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def load_base_model(
@@ -60,10 +57,7 @@ def load_base_model(
             weights, by name.
         ValueError: an unsupported `dtype` or `remat`.
     """
-    check_remat(remat)
-    wanted = None if dtype is None else jnp.dtype(dtype).name
-    if wanted is not None and wanted not in STORED:
-        raise ValueError(f"dtype: found {dtype!r}, expected None or one of {', '.join(STORED)}")
+    wanted = checked_dtype(dtype)
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"cannot load {directory}", ["found no directory, expected a local one"])
@@ -75,28 +69,14 @@ def load_base_model(
     config = DecoderConfig.from_hf(stated, name_or_path=str(directory))
 
     with WeightFiles(directory) as files:
-        config = replace(config, dtype=wanted or _stored_dtype(files, stated))
-        abstract = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
-        graphdef, state = nnx.split(abstract)
+        config = replace(config, dtype=wanted or stored_dtype(files, stated))
+        shapes = abstract_model(config, scan_layers=scan_layers, remat=remat, mesh=mesh, rules=rules)
+        graphdef, state = nnx.split(shapes)
         parameters = nnx.to_flat_state(state)
         names = {path: _stored_name(path) for path, _ in parameters}
         _check(files, {names[path]: _stored_shape(path, variable) for path, variable in parameters}, config)
-        where: dict[str, NamedSharding] = {}
-        if mesh is not None:
-            mesh = automatic(mesh)
-            where = shardings({_dotted(path): variable.shape for path, variable in parameters}, mesh, rules)
-        filled = [
-            (path, variable.replace(_read(files, path, variable.shape, config.dtype, where.get(_dotted(path)))))
-            for path, variable in parameters
-        ]
-    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    model.model.scan_layers, model.model.remat = scan_layers, remat
-    model.model.mesh = mesh
-    return model
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
+        filled = [(path, variable.replace(_read(files, path, variable.get_value()))) for path, variable in parameters]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def _stored_name(path: tuple[Any, ...]) -> str:
@@ -110,35 +90,19 @@ def _stored_shape(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[int, .
     return variable.shape[::-1] if path[-1] == "kernel" else variable.shape
 
 
-def _read(
-    files: WeightFiles, path: tuple[Any, ...], shape: tuple[int, ...], dtype: str, sharding: NamedSharding | None
-) -> jax.Array:
+def _read(files: WeightFiles, path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
     name, is_kernel = _stored_name(path), path[-1] == "kernel"
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         stored = files.read_part(name, index[::-1] if is_kernel else index)
-        return np.array(stored.T if is_kernel else stored, dtype, order="C")
+        return np.array(stored.T if is_kernel else stored, wanted.dtype, order="C")
 
-    if sharding is not None:
-        return read_sharded(shape, sharding, part)
+    if isinstance(wanted.sharding, NamedSharding):
+        return read_sharded(wanted.shape, wanted.sharding, part)
     stored = files.read(name)
     # Always a copy: safetensors may return memory of the mapped file, and the model must not change when somebody
     # overwrites the file. JAX transposes while copying, faster than numpy does.
-    return jnp.array((stored.T if is_kernel else stored).astype(dtype, copy=False), copy=True)
-
-
-def _stored_dtype(files: WeightFiles, stated: dict[str, Any]) -> str:
-    """The dtype of the tensors; where they differ, config.json must say which is meant."""
-    kinds = sorted({info.dtype for key, info in files.infos.items() if not _INERT.fullmatch(key)})
-    if len(kinds) == 1:
-        return NUMPY.get(kinds[0], "float32")  # an unsupported one is reported by _check, tensor by tensor
-    declared = stated.get("dtype") or stated.get("torch_dtype")
-    if declared is None:
-        raise CheckpointError(
-            f"cannot load {files.directory}",
-            [f"tensors: found {', '.join(kinds)}, expected one dtype: choose one with dtype="],
-        )
-    return declared
+    return jnp.array((stored.T if is_kernel else stored).astype(wanted.dtype, copy=False), copy=True)
 
 
 def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: DecoderConfig) -> None:
@@ -149,7 +113,7 @@ def _check(files: WeightFiles, expected: dict[str, tuple[int, ...]], config: Dec
             problems.append(f"{key}: found shape {shape}, expected {expected[key]}")
         if key in expected and dtype not in NUMPY:
             problems.append(f"{key}: found {dtype}, expected one of {', '.join(NUMPY)}")
-        if key in expected or _INERT.fullmatch(key):
+        if key in expected or INERT.fullmatch(key):
             continue
         if key != _HEAD or _EMBEDDING not in files.infos:
             problems.append(f"{key}: unexpected tensor of shape {shape}")

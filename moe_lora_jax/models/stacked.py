@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 LAYERS, STACKED = ("model", "layers"), ("model", "stacked_layers")
 
@@ -55,7 +56,7 @@ def _stacked(state: nnx.State) -> nnx.State:
     for rest, by_layer in layers.items():
         variables = [by_layer[index] for index in sorted(by_layer)]
         if len(variables) == number and len({(v.shape, v.dtype) for v in variables}) == 1:
-            others.append(((*STACKED, *rest), variables[0].replace(jnp.stack([v[...] for v in variables]))))
+            others.append(((*STACKED, *rest), variables[0].replace(_joined([v.get_value() for v in variables]))))
         else:
             others.extend(((*LAYERS, index, *rest), variable) for index, variable in by_layer.items())
     return nnx.from_flat_state(others)
@@ -70,6 +71,17 @@ def _unstacked(state: nnx.State) -> nnx.State:
         else:
             found.append((path, variable))
     return nnx.from_flat_state(found)
+
+
+def _joined(arrays: Sequence[Any]) -> Any:
+    """The arrays along a new first axis; of shapes, the shape of that, every part where it was."""
+    first = arrays[0]
+    if not isinstance(first, jax.ShapeDtypeStruct):
+        return jnp.stack(arrays)
+    where = first.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+    return jax.ShapeDtypeStruct((len(arrays), *first.shape), first.dtype, sharding=where)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -8,6 +8,7 @@ from moe_lora_jax.train.evaluation import evaluate
 from moe_lora_jax.train.loop import TrainResult, train
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
+from moe_lora_jax.train.planning import Plan, lora_of, plan
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import Batch, make_train_step, merge_back, split_model
 from moe_lora_jax.train.tokenizer import load_tokenizer
@@ -15,6 +16,7 @@ from moe_lora_jax.train.tokenizer import load_tokenizer
 __all__ = [
     "Batch",
     "DataError",
+    "Plan",
     "TokenData",
     "TrainBatches",
     "TrainResult",
@@ -25,9 +27,11 @@ __all__ = [
     "experts_only",
     "load_balancing_loss",
     "load_tokenizer",
+    "lora_of",
     "make_train_step",
     "merge_back",
     "next_token_loss",
+    "plan",
     "read_data",
     "router_only",
     "router_z_loss",

@@ -20,7 +20,6 @@ from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.memory import explained
 from moe_lora_interop.progress import no_progress
 from moe_lora_jax.adapters.checkpoint import save_pretrained
-from moe_lora_jax.adapters.filters import PARTS
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.processes import largest
@@ -31,11 +30,11 @@ from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.evaluation import mean_loss
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary
-from moe_lora_jax.train.optimizer import adamw, warmup_cosine
-from moe_lora_jax.train.refusals import check_mesh, check_selection, trainable_config
+from moe_lora_jax.train.refusals import trainable_config
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
-from moe_lora_jax.train.step import StepMetrics, TrainState, make_train_step, merge_back, split_model
+from moe_lora_jax.train.setup import set_up
+from moe_lora_jax.train.step import StepMetrics, TrainState, merge_back
 from moe_lora_jax.train.stop_signals import stop_signals
 
 OnStep = Callable[[int, int, str], Any]
@@ -154,16 +153,9 @@ class _Loop:
         self.model, self.data, self.settings = model, data, settings
         self.eval_data, self.on_eval, self.pad_id = eval_data, on_eval, pad_id
         self.total_steps = settings.total_steps(len(data.examples))
-        self.schedule = warmup_cosine(settings.learning_rate, settings.warmup_steps, self.total_steps)
-        optimizer = adamw(self.schedule, weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm)
-        model.train()
-        graphdef, self.state, self.frozen = split_model(model, PARTS[settings.train_only], optimizer)
-        model.eval()
+        self.schedule, self.state, self.frozen, self.train_step = set_up(model, config, settings, self.total_steps)
         self.evaluated = nnx.graphdef(model)
         self.mesh = mesh_of(self.state.trainable)
-        check_selection(self.state.trainable, settings)
-        check_mesh(self.mesh, settings)
-        self.train_step = make_train_step(graphdef, optimizer, config, self.state)
         self.batches = TrainBatches(
             data.examples,
             batch_size=settings.batch_size,

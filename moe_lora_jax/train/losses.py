@@ -24,16 +24,21 @@ def next_token_loss(logits: jax.Array, input_ids: jax.Array, loss_mask: jax.Arra
 
     Args:
         logits: [batch, seq, vocab], any float dtype.
-        input_ids: [batch, seq] integers.
+        input_ids: [batch, seq] integers. A counted one outside the vocabulary makes the loss NaN.
         loss_mask: [batch, seq], true where the token is a target. The first token of a row has no prediction and never
             counts.
 
     Returns:
         The mean (0 if nothing counts) and the number of counted tokens.
     """
-    scores = logits[:, :-1].astype(jnp.float32)
-    targets, counted = input_ids[:, 1:], loss_mask[:, 1:].astype(jnp.float32)
-    target_scores = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    # The targets move, not the logits, and the target's score is a masked sum, not a lookup: so everything that reads
+    # the fp32 scores is a sum over the vocabulary, and a compiler need not hold them.
+    scores = logits.astype(jnp.float32)
+    targets = jnp.roll(input_ids, -1, axis=1)
+    counted = jnp.roll(loss_mask, -1, axis=1).astype(jnp.float32).at[:, -1].set(0.0)
+    is_target = jnp.arange(scores.shape[-1]) == targets[..., None]
+    target_scores = jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
+    target_scores = jnp.where((targets >= 0) & (targets < scores.shape[-1]), target_scores, jnp.nan)
     nll = jax.nn.logsumexp(scores, axis=-1) - target_scores
     count = jnp.sum(counted)
     return TokenLoss(jnp.sum(jnp.where(counted > 0, nll, 0.0)) / jnp.maximum(count, 1.0), count)

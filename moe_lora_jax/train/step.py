@@ -12,7 +12,7 @@ from flax import nnx
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
-from moe_lora_jax.sharding import mesh_of, put_rest, replicated
+from moe_lora_jax.sharding import is_abstract, mesh_of, put, put_rest, replicated
 from moe_lora_jax.train.health import RouterSums, router_sums
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 
@@ -63,6 +63,10 @@ class StepMetrics(NamedTuple):
     router: dict[str, RouterSums]
 
 
+TrainStep = jax.stages.Wrapped
+"""(TrainState, FrozenState, Batch) -> (TrainState, StepMetrics), jitted; `lower` takes shapes as well."""
+
+
 def split_model(
     model: nnx.Module, trainable: Callable[..., bool] | type, optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, TrainState, FrozenState]:
@@ -73,13 +77,22 @@ def split_model(
 
     The states of a model that scans its layers are stacked (`models.stacked`), the base weights too: a second copy of
     the layers, for as long as the states live. On a mesh, the optimizer's state lies where what it belongs to lies.
+    An abstract model (`abstract_base_model`) has abstract states, for `make_train_step(...).lower`.
     """
     graphdef, *states = nnx.split(model, trainable, nnx.RngState, MoeLoraParam, ...)
     selected, rng, adapter, base = states
-    selected, rng = jax.tree.map(jnp.copy, (selected, rng))
+    abstract = is_abstract(states)
+    if not abstract:
+        selected, rng = jax.tree.map(jnp.copy, (selected, rng))
     if is_scanned(model):
         selected, rng, adapter, base = stack_layers((selected, rng, adapter, base))
-    opt_state, mesh = optimizer.init(selected), mesh_of(selected)
+    mesh = mesh_of(selected)
+    if abstract:
+        opt_state = jax.eval_shape(optimizer.init, selected)  # without shardings
+        if mesh is not None:
+            opt_state = optax.tree.map_params(optimizer, lambda of, like: put(of, like.sharding), opt_state, selected)
+    else:
+        opt_state = optimizer.init(selected)
     if mesh is not None:
         opt_state = put_rest(opt_state, mesh)
     return graphdef, TrainState(selected, opt_state, rng), FrozenState(adapter, base)
@@ -95,7 +108,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: MoeLoraConfig | None,
     like: TrainState | None = None,
-) -> Callable[[TrainState, FrozenState, Batch], tuple[TrainState, StepMetrics]]:
+) -> TrainStep:
     """The jitted step: mean gradient over all micro-batches, then one optimizer update.
 
     The loss is next-token loss + router_aux_loss_coef * load balancing + router_z_loss_coef * z loss. Micro-batches are

@@ -23,6 +23,7 @@ SUMMARIES = {
     "generate": "Continue a prompt, with or without an adapter.",
     "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.",
     "measure": "Measure a mixture on data: its mean gates for `export --gates`, or what an export costs.",
+    "plan": "Say whether a training run fits on devices that are not here, and what a step costs.",
     "quickstart": "Train a small mixture, show what its experts do, and load it in PyTorch PEFT.",
     "report": "Write a page about an adapter: what its experts do, how alike they are, how training went.",
     "run": "Run a Python script with the PEFT method MOE_LORA registered, although it never imports it.",
@@ -30,7 +31,7 @@ SUMMARIES = {
     "verify": "Check a checkpoint completely. Exit code 0: sound, 1: not.",
 }
 EXIT_CODES = """exit codes: 0 done
-            1 the verb says no: an adapter is not sound, two outputs differ
+            1 the verb says no: an adapter is not sound, two outputs differ, a run does not fit
             2 wrong use or bad input, with the reasons on stderr
             3 out of memory, with what makes the work smaller on stderr (where Linux kills the process instead: 137)
             130 interrupted; `train` has saved a checkpoint and says how to continue"""
