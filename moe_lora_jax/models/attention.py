@@ -51,7 +51,8 @@ class Attention(nnx.Module):
     """`self_attn` of a decoder layer: q, k, v, o projections, optional norms on q and k, rotation, attention.
 
     The projections are called on [tokens, features]: XLA:CPU transposes the cotangent of a 3-D activation for the
-    weight gradient, which costs a third of a LoRA step (on a TPU both are within 4 %). They may be replaced by adapters with the same call.
+    weight gradient, which costs a third of a LoRA step (on a TPU both are within 4 %). They may be replaced by adapters
+    with the same call.
 
     Source: Qwen3Attention and Gemma3Attention in transformers/models/{qwen3,gemma3}/modeling_*.py@5.24.0.
     """
