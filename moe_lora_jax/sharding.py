@@ -32,8 +32,8 @@ RULES: Rules = (
 )
 
 
-FEATURES = {"lora_a": 2, "lora_b": 2, "kernel": 0, "kernels": 0, "threshold_kernel": 0}
-"""Which axis of an adapter's variable is as long as the model is wide: `in` of A and of routers, `out` of B."""
+FEATURES = {("lora_a", 3): 2, ("lora_b", 3): 2, ("kernel", 2): 0, ("kernels", 2): 0, ("threshold_kernel", 1): 0}
+"""{(name, axes) of an adapter's variable: which axis is as long as the model is wide}: `in`, but `out` of B."""
 
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -166,21 +166,51 @@ def place_adapter(model: nnx.Module) -> None:
 
 def _beside(path: tuple[Any, ...], variable: Any, specs: Mapping[Any, PartitionSpec], mesh: Mesh) -> NamedSharding:
     """Where a variable goes that is not on the mesh yet."""
-    name = path[-1] if isinstance(path[-1], str) else path[-2]  # a model router's kernels are a list
-    if not isinstance(variable, nnx.LoRAParam) or FEATURES.get(name, variable.ndim) >= variable.ndim:
+    if not _has_features(path, variable):
         return replicated(mesh)
     layer = path[:-2] if path[-2:-1] == ("router",) else path[:-1]
     kernels = ((*layer, *["base_layer"] * n, "kernel", *codes) for n in (1, 2) for codes in ((), ("codes",)))
     spec = next((specs[kernel] for kernel in kernels if kernel in specs), PartitionSpec())
-    own = _on(mesh, (*spec, None, None)[int(name == "lora_b")])
+    return _spread(path, variable, (*_own(path, spec, mesh), "fsdp"), mesh)
+
+
+def when_due(path: tuple[Any, ...], variable: Any, mesh: Mesh) -> NamedSharding | None:
+    """Where a variable of a layer of `models.Decoder` is gathered to when the layer runs: `RULES` without "fsdp".
+
+    Left to itself, XLA would multiply by an adapter's parts one after the other as they arrive. That pays for large
+    weights only.
+    """
+    if "fsdp" not in mesh.axis_names or not _has_features(path, variable):
+        return None
+    kernel = ".".join(str(part) for part in path[:-1] if part not in ("base_layer", "router")) + ".kernel"
+    spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, kernel)), PartitionSpec())
+    return _spread(path, variable, [axis for axis in _own(path, spec, mesh) if axis != "fsdp"], mesh)
+
+
+def _spread(path: tuple[Any, ...], variable: Any, axes: Sequence[str], mesh: Mesh) -> NamedSharding:
+    """Features over these axes; see `place_adapter`."""
     where: list[tuple[str, ...]] = [()] * variable.ndim
-    where[FEATURES[name]] = dividing(variable.shape[FEATURES[name]], (*own, "fsdp"), mesh)
-    if name in ("lora_a", "lora_b"):
+    features = FEATURES[_name(path), variable.ndim]
+    where[features] = dividing(variable.shape[features], axes, mesh)
+    if variable.ndim == 3:
         where[0] = dividing(variable.shape[0], ("expert",), mesh)
-        if variable.shape[0] > 1:  # the rank of a single expert would be summed over devices, not gathered
-            left = [axis for axis in ("fsdp", "tensor") if axis not in where[2]]
+        if "fsdp" in axes and variable.shape[0] > 1:  # one expert's rank would be summed over devices, not gathered
+            left = [axis for axis in ("fsdp", "tensor") if axis not in where[features]]
             where[1] = dividing(variable.shape[1], left, mesh)
     return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in where)))
+
+
+def _own(path: tuple[Any, ...], kernel: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh's axes over which the kernel [in, out] has the features of a variable beside it."""
+    return _on(mesh, (*kernel, None, None)[int(_name(path) == "lora_b")])
+
+
+def _has_features(path: tuple[Any, ...], variable: Any) -> bool:
+    return isinstance(variable, nnx.LoRAParam) and (_name(path), variable.ndim) in FEATURES
+
+
+def _name(path: tuple[Any, ...]) -> Any:
+    return path[-1] if isinstance(path[-1], str) else path[-2]  # a model router's kernels are a list
 
 
 def dividing(size: int, axes: Iterable[str], mesh: Mesh) -> tuple[str, ...]:

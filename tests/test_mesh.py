@@ -69,7 +69,7 @@ def found(tmp_path_factory, request) -> dict:
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     command = [sys.executable, WORKER, tmp_path_factory.mktemp("mesh"), *chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Involuntary full rematerialization" not in done.stderr
     return json.loads(done.stdout)

@@ -1,6 +1,7 @@
 """The decoder stack. Attribute names are Hugging Face's: an NNX path joined by dots is the name of the HF module."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from moe_lora_jax.models.masks import real_positions, visible
 from moe_lora_jax.models.norm import RMSNorm
 from moe_lora_jax.models.repeat import run_layers
 from moe_lora_jax.models.rope import rotary_tables
-from moe_lora_jax.sharding import dividing, row_parts, row_sharding
+from moe_lora_jax.sharding import dividing, row_parts, row_sharding, when_due
 
 
 class FeedForward(nnx.Module):
@@ -126,7 +127,7 @@ class Decoder(nnx.Module):
             x = run_layers(
                 self.layers,
                 x,
-                lambda layer, x, context: self._in_place(layer(x, batch, *context, None)[0], batch),
+                lambda layer, x, context: self._in_place(self._due(layer)(x, batch, *context, None)[0], batch),
                 contexts,
                 [kinds.index(pair) for pair in pairs],
                 scan=self.scan_layers,
@@ -158,6 +159,18 @@ class Decoder(nnx.Module):
         features = dividing(self.config.hidden_size, ("fsdp",), self.mesh) or None
         x = self._lying(self.embed_tokens(self._lying(ids, rows)), rows, features)
         return x if is_spread else self._lying(x)
+
+    def _due(self, layer: nnx.Module) -> Any:
+        """The layer, a copy that runs now, with its adapter gathered over "fsdp"."""
+        if self.mesh is None:
+            return layer
+        gathered = []
+        for path, variable in nnx.to_flat_state(nnx.state(layer, nnx.LoRAParam)):
+            where = when_due(path, variable, self.mesh)
+            if where is not None:
+                gathered.append((path, variable.replace(jax.lax.with_sharding_constraint(variable[...], where))))
+        nnx.update(layer, nnx.from_flat_state(gathered))
+        return layer
 
     def _lying(self, x: jax.Array, *axes: tuple[str, ...] | None) -> jax.Array:
         assert self.mesh is not None
