@@ -14,6 +14,7 @@ from moe_lora_jax.layers.display import Described
 from moe_lora_jax.layers.gating import Gating, RouterOutput, route
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.layers.shared import Shared, task_rows
+from moe_lora_jax.layers.temperature import Temperature
 
 ROUTER_STD = 0.02
 
@@ -87,11 +88,11 @@ def _moved_input(dx: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Router(BaseRouter):
-    """z = (R x + b) / temperature; gates as in `route`. Always in fp32.
+    """z = (R x + b) / T; gates as in `route`. Always in fp32.
 
     Variables: `kernel` [in, logit], N(0, 0.02^2) at init; `bias` [logit], zero; with an adaptive threshold
     tau = threshold * sigmoid(w.x + c): `threshold_kernel` [in] and `threshold_bias` [], zero. `logit` is the experts,
-    times n_splits.
+    times n_splits. T is router_temperature, or what `temperature` gives with temperature_hidden_size.
     """
 
     def __init__(self, in_features: int, sizes: ModuleConfig, *, config: MoeLoraConfig, rngs: nnx.Rngs):
@@ -102,6 +103,8 @@ class Router(BaseRouter):
         adaptive = config.adaptive_threshold
         self.threshold_kernel = MoeLoraParam(jnp.zeros(in_features, jnp.float32)) if adaptive else None
         self.threshold_bias = MoeLoraParam(jnp.zeros((), jnp.float32)) if adaptive else None
+        width, least = config.temperature_hidden_size, config.router_temperature
+        self.temperature = None if width is None else Temperature(in_features, width, least, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> RouterOutput:
         """Routes x [tokens, in]: fields [tokens, split, expert]."""
@@ -109,7 +112,8 @@ class Router(BaseRouter):
         logits = router_product(x, self.kernel[...].astype(jnp.float32))
         if self.bias is not None:
             logits = logits + self.bias[...]
-        logits = (logits / self.gating.router_temperature).reshape(x.shape[0], self.n_splits, self.num_experts)
+        temperature = self.gating.router_temperature if self.temperature is None else self.temperature(x)
+        logits = (logits / temperature).reshape(x.shape[0], self.n_splits, self.num_experts)
         return self.decide(logits, self._tau(x))
 
     def facts(self) -> str:

@@ -30,6 +30,8 @@ ROLES = {
     "router_bias": "logit",
     "threshold": "in",
     "threshold_bias": "",
+    "temperature_{j}": "unit in",
+    "temperature_bias_{j}": "unit",
     "task_embedding": "task dim",
     "router_{j}": "unit in",
     "router_bias_{j}": "unit",
