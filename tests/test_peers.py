@@ -24,6 +24,8 @@ LAYOUTS = {
     "ewora/rank_pattern": "ewora",
     "hydralora/adapter": "hydralora",
     "ld_mole/softmax": "loramoe",
+    "ld_mole/sparsegen": "ld-mole",
+    "ld_mole/sparsegen_attention": "ld-mole",
     "loramoe/adapter": "loramoe",
     "moe_peft/loramoe": "moe-peft-loramoe",
     "moe_peft/mixlora": "mixlora",
@@ -63,7 +65,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 28
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 30
 
 
 @named
@@ -84,7 +86,8 @@ def test_jax_gives_the_peers_own_logits(peer):
     reference = peer.reference
     logits = load(peer)(jnp.asarray(reference["input_ids"]), **arguments(peer))
     assert np.abs(reference["logits"] - reference["base_logits"]).max() > 0.3
-    np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
+    # LD-MoLE's temperature goes down to 0.01, which multiplies its own rounding: its provenance says 2e-4
+    np.testing.assert_allclose(logits, reference["logits"], atol=2e-4 if "sparsegen" in peer.name else 1e-4)
 
 
 def test_several_task_ids_are_averaged_as_the_peer_does():

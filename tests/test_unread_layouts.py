@@ -19,7 +19,6 @@ NAMES = {
     "coin-adapter": "CoIN",
     "coin-trainer": "CoIN",
     "comol-core_router": "CoMoL",
-    "ld_mole-sparsegen_attention": "LD-MoLE",
     "meteora-top1": "MeteoRA",
     "mtl_lora-mtl_lora": "MTL-LoRA",
     "xlora_original-depth1": "X-LoRA's own program",

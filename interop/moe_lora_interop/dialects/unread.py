@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 from moe_lora_interop.disk import files
 from moe_lora_interop.errors import CheckpointError, ConfigError
-from moe_lora_interop.rules.dialect import lookup
 
 
 class Unread(NamedTuple):
-    """A program, and a mark that only its directories have: a peft_type, a field of the config that is on, a file, or a
-    key's end in a file of PEFT's names."""
+    """A program, and a mark that only its directories have: a peft_type, a file, or a key's end in a file of PEFT's
+    names."""
 
     name: str
     source: str
     peft_type: str = ""
-    field: str = ""
     file: str = ""
     key: str = ""
 
@@ -27,7 +25,6 @@ class Unread(NamedTuple):
 UNREAD = (
     Unread("CoIN", "zackschen/CoIN", peft_type="MOE_LORA_CoIN"),
     Unread("CoMoL", "DCDmllm/CoMoL", peft_type="MoCoreLORA"),
-    Unread("LD-MoLE", "eshentw/LD-MoLE; without sparsegen it is read", field="sparsegen_cfg.enabled"),
     Unread("MeteoRA", "NJUDeepEngine/meteora", key=".moe_gate.weight"),
     Unread("MTL-LoRA", "pUmpKin-Co/MTL-LoRA", file="checkpoint/final_checkpoint.pt"),
     Unread("X-LoRA's own program", "EricLBuehler/xlora; PEFT's X-LoRA is read", file="xlora_config.json"),
@@ -41,7 +38,6 @@ def unread_layout(directory: Path) -> str:
     for row in UNREAD:
         if (
             (row.peft_type and config.get("peft_type") == row.peft_type)
-            or (row.field and lookup(config, row.field, None))
             or (row.file and (directory / row.file).is_file())
             or (row.key and re.search(rb'"base_model\.[^"]*' + re.escape(row.key.encode()) + rb'"', starts))
         ):

@@ -101,7 +101,8 @@ class Dialect:
         plain: whether a module without a router is plain LoRA (otherwise it is incomplete).
         experts_from_tensors: whether num_experts is counted in the tensors.
         weights: file name written; .safetensors and .bin are both read.
-        measured: {their field: (role, axis)}: sizes that their config repeats from the tensors.
+        measured: {their field: (role, axis)}: sizes that their config repeats from the tensors: that of the model's
+            tensor, or the list of those of the modules' tensors, to which a file may add more.
         folders: where the experts are, if not in the same file.
         stride: (their field, stride if it is zero or absent, stride otherwise) for `{j*stride}` in a key.
         config_file: whether there is an adapter_config.json.
