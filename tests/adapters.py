@@ -40,6 +40,10 @@ def make_tensors(config, shapes=SHAPES, dtype="float32", router_dtype="float32",
             if config.adaptive_threshold:
                 tensors[module, "threshold"] = draw(rng, (n_in,), router_dtype)
                 tensors[module, "threshold_bias"] = draw(rng, (), router_dtype)
+            if width := config.temperature_hidden_size:
+                for j, shape in enumerate([(width, n_in), (1, width)]):
+                    tensors[module, f"temperature_{j}"] = draw(rng, shape, router_dtype)
+                    tensors[module, f"temperature_bias_{j}"] = draw(rng, shape[:1], router_dtype)
     return tensors
 
 

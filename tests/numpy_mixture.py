@@ -135,7 +135,13 @@ class NumpyMixture:
         if c.adaptive_threshold:
             score = self.tensors[owner, "threshold"] @ x + self.tensors[owner, "threshold_bias"]
             tau = c.threshold * sigmoid(score)
-        z = (z / c.router_temperature).reshape(c.n_splits, sizes.num_experts)
+        temperature = c.router_temperature
+        if c.temperature_hidden_size is not None:
+            for j in range(2):
+                x = np.maximum(x, 0) if j else x
+                x = self.tensors[owner, f"temperature_{j}"] @ x + self.tensors[owner, f"temperature_bias_{j}"]
+            temperature += np.logaddexp(0, -x[0])
+        z = (z / temperature).reshape(c.n_splits, sizes.num_experts)
         return np.stack([self._gates(one, sizes.top_k, tau) for one in z])
 
     def _gates(self, z: np.ndarray, top_k: int | None, tau: float | None) -> np.ndarray:
@@ -210,8 +216,7 @@ def decide(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token: z [expert] -> the scores p, which experts are kept, and g before routed_scaling_factor."""
     z = np.abs(z) if c.scoring_func == "abs_softmax" else z
-    softmax = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-    p = {"sigmoid": sigmoid(z), "identity": z}.get(c.scoring_func, softmax)
+    p = {"sigmoid": sigmoid, "identity": lambda z: z, "sparsemax": sparsemax}.get(c.scoring_func, softmax)(z)
     kept = np.ones(len(p), bool)
     if top_k is not None:
         order = np.argsort(-z, kind="stable")
@@ -227,6 +232,17 @@ def decide(
     return p, kept, g / g.sum() if c.norm_topk_prob and g.sum() > 0 else g
 
 
+def softmax(z: np.ndarray) -> np.ndarray:
+    return np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+
+
+def sparsemax(z: np.ndarray) -> np.ndarray:
+    """The probabilities nearest to z, by algorithm 1 of arXiv:1602.02068."""
+    descending = np.sort(z)[::-1]
+    k = max(k for k in range(1, len(z) + 1) if 1 + k * descending[k - 1] > sum(descending[:k]))
+    return np.maximum(z - (sum(descending[:k]) - 1) / k, 0)
+
+
 def entropy(p: np.ndarray, c: MoeLoraConfig) -> float:
     """H of the probabilities p, divided by the H of equal ones."""
     shifted, q = p + c.entropy_eps, c.entropy_index
@@ -240,4 +256,4 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+    return np.exp(-np.logaddexp(0, -x))  # of very negative x, too

@@ -12,6 +12,7 @@ from moe_lora_interop import CheckpointError
 from moe_lora_jax.layers.feed_forward import MoeLoraFeedForward
 from moe_lora_jax.layers.model_router import ModelRouter
 from moe_lora_jax.layers.router import Router
+from moe_lora_jax.layers.temperature import Temperature
 
 FFN = {"scope": "ffn", "target_modules": ["gate_proj", "down_proj"]}
 
@@ -148,3 +149,20 @@ def test_our_own_models_are_saved_in_train_mode_too(tmp_path, fields):
     model.train()
     mlj.save_pretrained(model, tmp_path)
     assert jnp.isfinite(mlj.load_adapter(mlj.remove_moe_lora(model), tmp_path)(jnp.asarray([[1, 2]]))).all()
+
+
+class SharperTemperature(Temperature):
+    def __call__(self, x):
+        return super().__call__(x) / 3
+
+
+def test_a_temperature_that_the_config_does_not_say(tmp_path):
+    model = tiny_model(temperature_hidden_size=2)
+    path, router = next((p, m.router) for p, m in nnx.iter_modules(model) if type(m) is mlj.MoeLoraLinear)
+    place = f"{'.'.join(map(str, path))}.router.temperature"
+    router.temperature.least = 0.5
+    with pytest.raises(CheckpointError, match=re.escape(f"{place}: least: found 0.5, expected 1.0")):
+        mlj.save_pretrained(model, tmp_path)
+    router.temperature = SharperTemperature(32, 2, 1.0, rngs=nnx.Rngs(0))
+    with pytest.raises(CheckpointError, match=re.escape(place) + ": found .*SharperTemperature"):
+        mlj.save_pretrained(model, tmp_path)

@@ -113,6 +113,8 @@ def test_inspect_refuses_what_it_does_not_know(tmp_path):
         (dict(scoring_func="abs_softmax", router_temperature=2.0), ["softmax(|z|)", "/ 2"]),
         (dict(scoring_func="sigmoid", router_bias=True, routed_scaling_factor=3), ["sigmoid(z)", "R x + b", "times 3"]),
         (dict(scoring_func="identity", norm_topk_prob=False), ["p = z, keep all, not renormalised"]),
+        (dict(scoring_func="sparsemax"), ["z = R x, p = sparsemax(z), keep all"]),
+        (dict(temperature_hidden_size=8, router_temperature=0.01), ["z = (R x) / T, T = 0.01 + softplus(-MLP(x)), p"]),
         (dict(router_input="expert_activations", router_bias=True), ["z = R relu(A x) + b, p"]),
         (dict(top_k=1, top_p=0.75), ["keep the 1 largest and more while their sum is at most 0.75"]),
         (

@@ -56,6 +56,18 @@ def loramoe():
         yield f"{m}.lora_route.weight", (E, i)
 
 
+def ld_mole():
+    """Of LoRAMoE's keys; one MLP for each number of inputs, under every module."""
+    yield from loramoe()
+    widths = sorted({i for _, _, i, _ in linears(attention=False)})
+    modules = [f"{PEFT}.{layer}.{path}.sparsegen" for layer, path, _, _ in linears(attention=False)]
+    for m in ("base_model.sparsegen_fn", *modules):
+        for width in widths:
+            mlp = f"{m}.mlp.proj_layers.{width}"
+            yield from ((f"{mlp}.0.weight", (512, width)), (f"{mlp}.0.bias", (512,)))
+            yield from ((f"{mlp}.2.weight", (1, 512)), (f"{mlp}.2.bias", (1,)))
+
+
 def hydralora():
     for layer, path, i, o in linears():
         m = f"{PEFT}.{layer}.{path}"
@@ -243,6 +255,7 @@ MANIFESTS = {
     "native": ("native", native, {"peft_type": "MOE_LORA"}),
     "native, model scope": ("native", native_model_scope, {"peft_type": "MOE_LORA"}),
     "loramoe": ("loramoe", loramoe, {**LORA, "lora_nums": E}),
+    "ld-mole": ("ld-mole", ld_mole, {**LORA, "sparsegen_cfg": {"enabled": True, "hidden_sizes": 512}}),
     "hydralora": ("hydralora", hydralora, {**LORA, "lora_nums": E}),
     "moe-peft loramoe": (
         "moe-peft-loramoe",

@@ -186,6 +186,8 @@ REFUSED = {
     "top_p": ({"top_p": 0.5, "top_k": 2}, "top_p: found 0.5, expected null"),
     "entropy": ({"entropy_threshold": 0.5, "top_k": 2}, "entropy_threshold: found 0.5, expected null"),
     "identity": ({"scoring_func": "identity", "norm_topk_prob": False}, "scoring_func: found identity"),
+    "sparsemax": ({"scoring_func": "sparsemax"}, "scoring_func: found sparsemax"),
+    "temperature": ({"temperature_hidden_size": 3}, "temperature_hidden_size: found 3, expected null"),
     "norm": ({"norm_topk_prob": False}, "norm_topk_prob: found false"),
     "factor": ({"routed_scaling_factor": 2.0}, "routed_scaling_factor: found 2.0, expected 1"),
     "linear": ({"scope": "linear"}, "scope: found linear, expected ffn"),

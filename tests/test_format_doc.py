@@ -111,6 +111,9 @@ def documented_tensors(config, modules, size_in, size_out):
                 expected[f"{key}_router.bias"] = (logits,)
             if c.adaptive_threshold:
                 expected |= {f"{key}_threshold.weight": (1, size_in), f"{key}_threshold.bias": (1,)}
+            if width := c.temperature_hidden_size:
+                expected |= {f"{key}_temperature_0.weight": (width, size_in), f"{key}_temperature_0.bias": (width,)}
+                expected |= {f"{key}_temperature_1.weight": (1, width), f"{key}_temperature_1.bias": (1,)}
         if c.router_input == "task":
             expected[f"{key}_task_embedding.weight"] = (c.num_tasks, c.task_embedding_dim or logits)
     if c.scope == "model" and routed:

@@ -22,7 +22,7 @@ MORE = (
 )
 RULES = st.fixed_dictionaries(
     {
-        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity"]),
+        "scoring_func": st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity", "sparsemax"]),
         "select": st.sampled_from([{}, {"top_k": 1}, {"top_k": 3}, {"threshold": 0.3}, {"threshold": 0.9}, *MORE]),
         "adaptive_threshold": st.booleans(),
         "norm_topk_prob": st.booleans(),

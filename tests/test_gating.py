@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from moe_lora_interop import ConfigError, MoeLoraConfig
-from moe_lora_jax.layers.gating import Gating, route
+from moe_lora_jax.layers.gating import Gating, route, sparsemax
 from tests.numpy_mixture import entropy
 
 EXPERTS, TOKENS = 5, 32
@@ -31,7 +31,7 @@ SELECTIONS = {
 
 def valid_configs():
     for scoring, (name, selection), norm in itertools.product(
-        ["softmax", "abs_softmax", "sigmoid", "identity"], SELECTIONS.items(), [True, False]
+        ["softmax", "abs_softmax", "sigmoid", "identity", "sparsemax"], SELECTIONS.items(), [True, False]
     ):
         factor = 1.0 if name == "dense" else 2.5
         fields = dict(scoring_func=scoring, norm_topk_prob=norm, routed_scaling_factor=factor, **selection)
@@ -54,6 +54,7 @@ def reference_gates(config, logits, tau=None):
             "abs_softmax": lambda v: np.exp(abs(v) - abs(v).max()) / np.exp(abs(v) - abs(v).max()).sum(),
             "sigmoid": lambda v: 1 / (1 + np.exp(-v)),
             "identity": lambda v: v,
+            "sparsemax": nearest_probabilities,
         }[config.scoring_func](z)
         order = abs(z) if config.scoring_func == "abs_softmax" else z
         kept = set(range(len(z)))
@@ -71,6 +72,15 @@ def reference_gates(config, logits, tau=None):
         if config.norm_topk_prob and gates[row].sum() > 0:
             gates[row] /= gates[row].sum()
     return gates
+
+
+def nearest_probabilities(z):
+    """max(z - t, 0), t such that the sum is 1, by bisection."""
+    low, high = z.max() - 1, z.max()
+    for _ in range(100):
+        t = (low + high) / 2
+        low, high = (t, high) if np.maximum(z - t, 0).sum() > 1 else (low, t)
+    return np.maximum(z - high, 0)
 
 
 def thresholds(config, rng, rows):
@@ -91,9 +101,14 @@ def away_from_edges(config, logits, tau):
     """Rows whose selection no rounding error and no small step can change."""
     z = abs(logits) if config.scoring_func == "abs_softmax" else logits
     close = np.diff(np.sort(z, axis=-1), axis=-1).min(axis=-1) < 1e-2
-    if tau is not None:
+    if config.scoring_func == "sparsemax":
+        score = np.stack([nearest_probabilities(row) for row in np.asarray(z, np.float64)])
+        above = z - (z - score).max(-1, keepdims=True, where=score > 0, initial=-np.inf)  # z - t
+        close |= abs(above).min(axis=-1) < 1e-3
+    elif tau is not None:
         exp = np.exp(z - z.max(-1, keepdims=True))
         score = 1 / (1 + np.exp(-z)) if config.scoring_func == "sigmoid" else exp / exp.sum(-1, keepdims=True)
+    if tau is not None:
         close |= abs(score - tau[:, None]).min(axis=-1) < 1e-3
     if config.keeps_more:
         p = np.exp(z - z.max(-1, keepdims=True))
@@ -201,6 +216,22 @@ def test_the_kept_experts_are_the_first_of_a_stable_descending_order(z, k):
     np.put_along_axis(expected, order[:, :k], True, axis=-1)
     found = np.asarray(gates_of(MoeLoraConfig(num_experts=6, top_k=k), z))
     np.testing.assert_array_equal(found > 0, expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, EXPERTS])
+def test_sparsemax_of_equal_logits_is_equal_and_of_one_expert_one(k):
+    """Also where an expert is exactly at t: its weight is 0, and it gets no gradient."""
+    z = jnp.where(jnp.arange(EXPERTS) < k, 2.0, 1.0) if k < EXPERTS else jnp.full(EXPERTS, -3.0)
+    found, jacobian = sparsemax(z), jax.jacobian(sparsemax)(z)
+    first = (np.arange(EXPERTS) < k).astype(np.float32)
+    np.testing.assert_allclose(found, first / k, atol=1e-7)
+    np.testing.assert_allclose(jacobian, np.diag(first) - np.outer(first, first) / k, atol=1e-7)
+    assert sparsemax(jnp.ones((3, 1))).tolist() == [[1.0]] * 3
+    assert jax.grad(lambda z: sparsemax(z).sum())(jnp.ones(1)) == 0
+
+
+def test_sparsemax_hands_on_what_is_no_number():
+    assert np.isnan(sparsemax(jnp.array([jnp.nan, 0.0, 1.0]))).all()
 
 
 def test_an_expert_at_the_threshold_is_kept():

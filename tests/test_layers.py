@@ -16,6 +16,7 @@ from moe_lora_interop import MoeLoraConfig
 from moe_lora_jax import MoeLoraLinear, MoeLoraParam, RouterOutput
 from moe_lora_jax.layers.joint_product import router_product
 from moe_lora_jax.layers.router import RouterRecord
+from tests.numpy_mixture import sparsemax
 from tests.toy import fast_rngs, linear
 
 IN, OUT, TOKENS = 6, 5, 7
@@ -34,8 +35,11 @@ def make_layer(param_dtype=jnp.float32, base_dtype=jnp.float32, use_bias=False, 
 
 def set_router(layer, seed):
     rng = np.random.default_rng(seed)
-    for name in ("kernel", "bias", "threshold_kernel", "threshold_bias"):
-        variable = getattr(layer.router, name, None)
+    places = [(layer.router, name) for name in ("kernel", "bias", "threshold_kernel", "threshold_bias")]
+    temperature = getattr(layer.router, "temperature", None)
+    places += [(temperature, name) for name in ("kernel_0", "bias_0", "kernel_1", "bias_1")]
+    for place, name in places:
+        variable = getattr(place, name, None)
         if variable is not None:
             variable[...] = jnp.asarray(rng.normal(size=variable.shape), variable.dtype)
 
@@ -59,10 +63,15 @@ def expected_gates(layer, config, x):
     z = x @ as64(layer.router.kernel)
     if config.router_bias:
         z = z + as64(layer.router.bias)
-    z = z / config.router_temperature
+    temperature = config.router_temperature
+    if config.temperature_hidden_size is not None:
+        own = layer.router.temperature
+        codes = np.maximum(x @ as64(own.kernel_0) + as64(own.bias_0), 0)
+        temperature = temperature + np.log1p(np.exp(-(codes @ as64(own.kernel_1) + as64(own.bias_1))))
+    z = z / temperature
     if config.scoring_func == "abs_softmax":
         z = abs(z)
-    p = {"sigmoid": 1 / (1 + np.exp(-z)), "identity": z}.get(config.scoring_func, softmax(z))
+    p = {"sigmoid": 1 / (1 + np.exp(-z)), "identity": z, "sparsemax": sparsemax(z)}.get(config.scoring_func, softmax(z))
     keep, minus = np.ones(len(z), bool), 0.0
     if config.top_k is not None:
         keep = np.isin(np.arange(len(z)), np.argsort(-z, kind="stable")[: config.top_k])
@@ -119,6 +128,10 @@ KINDS = {
     "abs_softmax": dict(scoring_func="abs_softmax", top_k=3),
     "identity": dict(scoring_func="identity", norm_topk_prob=False),
     "identity_top_2": dict(scoring_func="identity", norm_topk_prob=False, top_k=2),
+    "sparsemax": dict(scoring_func="sparsemax", router_temperature=2.0),
+    "sparsemax_top_1": dict(scoring_func="sparsemax", top_k=1, norm_topk_prob=False),
+    "own_temperature": dict(temperature_hidden_size=3, router_temperature=0.1),
+    "own_temperature_sparsemax": dict(temperature_hidden_size=3, router_temperature=0.01, scoring_func="sparsemax"),
     "temperature_and_bias": dict(router_temperature=2.5, router_bias=True),
     "shared_A": dict(shared_lora_A=True),
     "unequal": dict(r=[1, 4, 2, 3], lora_alpha=[1.0, 2.0, 30.0, 0.5]),

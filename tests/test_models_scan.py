@@ -21,6 +21,7 @@ ADAPTERS = {
     "ffn": dict(top_k=2, scope="ffn", target_modules=["gate_proj", "up_proj", "down_proj"]),
     "model": dict(scope="model"),
     "task": dict(router_input="task", num_tasks=2, router_depth=0),
+    "temperature": dict(scoring_func="sparsemax", temperature_hidden_size=4, router_jitter_noise=0.1),
     "random": dict(lora_dropout=0.3, router_jitter_noise=0.1, expert_dropout=0.1),
 }
 

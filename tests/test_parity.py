@@ -28,6 +28,8 @@ CONFIGS = {
     "abs_softmax": dict(top_k=2, scoring_func="abs_softmax", router_temperature=0.7),
     "identity": dict(top_k=2, scoring_func="identity", norm_topk_prob=False, router_bias=True),
     "first_pass": dict(scope="model", scaling_pass_value=0.4, routed_scaling_factor=1.5, router_bias=True),
+    "sparsemax": dict(scoring_func="sparsemax", router_temperature=2.0),
+    "temperature": dict(scoring_func="sparsemax", temperature_hidden_size=5, router_temperature=0.3),
     "threshold": dict(threshold=0.24),
     "adaptive": dict(threshold=0.4, adaptive_threshold=True),
     "shared_A": dict(shared_lora_A=True, use_rslora=True),
@@ -113,7 +115,7 @@ def test_saved_by_peft_loaded_by_jax(base, tmp_path, name):
     torch.manual_seed(0)
     model = peft.get_peft_model(torch_model(base), tuner.MoeLoraConfig(**config_of(name), task_type="CAUSAL_LM")).eval()
     for key, parameter in model.named_parameters():
-        if "moe_lora_router" in key or "moe_lora_threshold" in key:
+        if any(f"moe_lora_{name}" in key for name in ("router", "threshold", "temperature")):
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(tmp_path / "peft")
     loaded = mlj.load_adapter(mlj.load_base_model(base), tmp_path / "peft")

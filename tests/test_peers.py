@@ -35,6 +35,8 @@ LAYOUTS = {
     "comol/input_router": "comol",
     "hydralora/adapter": "hydralora",
     "ld_mole/softmax": "loramoe",
+    "ld_mole/sparsegen": "ld-mole",
+    "ld_mole/sparsegen_attention": "ld-mole",
     "loramoe/adapter": "loramoe",
     "meteora/top1": "meteora",
     "meteora/top2_T15": "meteora",
@@ -93,7 +95,7 @@ def assert_identical(found: moe_lora_interop.Adapter, expected: moe_lora_interop
 
 def test_every_peer_is_covered():
     assert {p.name for p in READABLE} == LAYOUTS.keys()
-    assert len(ALL) == len(READABLE) + len(REFUSED) == 48
+    assert len(ALL) == len(READABLE) + len(REFUSED) == 50
 
 
 @named
@@ -114,7 +116,8 @@ def test_jax_gives_the_peers_own_logits(peer):
     reference = peer.reference
     logits = load(peer)(jnp.asarray(reference["input_ids"]), **arguments(peer))
     assert np.abs(reference["logits"] - reference["base_logits"]).max() > 0.3
-    np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
+    # LD-MoLE's temperature goes down to 0.01, which multiplies its own rounding: its provenance says 2e-4
+    np.testing.assert_allclose(logits, reference["logits"], atol=2e-4 if "sparsegen" in peer.name else 1e-4)
 
 
 def test_several_task_ids_are_averaged_as_the_peer_does():

@@ -17,6 +17,7 @@ from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.peft_tuner.layer import Linear, MoeLoraLayer
 from moe_lora_interop.peft_tuner.model import MoeLoraModel
+from tests.numpy_mixture import sparsemax
 
 IN, OUT = 6, 5
 
@@ -30,7 +31,7 @@ def layer(dtype=torch.float64, base: nn.Module | None = None, **fields) -> Linea
     MoeLoraModel(model, tuner.MoeLoraConfig(target_modules=["fc"], **fields), "default")
     wrapped = model.fc
     for name, parameter in wrapped.named_parameters():
-        if "router" in name or "threshold" in name:
+        if any(word in name for word in ("router", "threshold", "temperature")):
             nn.init.normal_(parameter)
     return wrapped.eval()
 
@@ -54,7 +55,12 @@ def delta_by_hand(wrapped: Linear, x: np.ndarray) -> np.ndarray:
     if c.adaptive_threshold:
         w = wrapped.moe_lora_threshold["default"]
         tau = c.threshold / (1 + np.exp(-(get(w.weight) @ x + get(w.bias)).item()))
-    g = gates_by_hand(z / c.router_temperature, c, m.top_k, tau)
+    temperature = c.router_temperature
+    if c.temperature_hidden_size:
+        first, second = (d["default"] for d in (wrapped.moe_lora_temperature_0, wrapped.moe_lora_temperature_1))
+        hidden = np.maximum(get(first.weight) @ x + get(first.bias), 0)
+        temperature = temperature + np.log1p(np.exp(-(get(second.weight) @ hidden + get(second.bias))))
+    g = gates_by_hand(z / temperature, c, m.top_k, tau)
     delta = np.zeros(b.shape[1])
     for e in range(m.num_experts):
         a_e = a[0] if c.shared_lora_A else a[e]
@@ -87,11 +93,13 @@ def test_forward_equals_the_formula(fields, bias, shared):
         {"r": [1, 3, 2, 3], "use_rslora": True},
         {"num_experts": 1},
         {"num_experts": 1, "adaptive_threshold": True, "threshold": 0.5},
+        {"num_experts": 1, "temperature_hidden_size": 2},
+        {"temperature_hidden_size": 2, "scoring_func": "sparsemax", "router_temperature": 0.2},
         {"num_experts_pattern": {"fc": 2}, "rank_pattern": {"fc": 3}, "alpha_pattern": {"f.": 7.0}},
         {"num_experts_pattern": {"fc": 2}, "top_k_pattern": {"fc": 1}},
         {"num_experts_pattern": {"fc": 1}, "top_k": 2},
     ],
-    ids=["ranks", "rslora", "one", "one_adaptive", "pattern_sizes", "pattern_top_k", "pattern_one"],
+    ids=["ranks", "rslora", "one", "one_adaptive", "one_T", "T", "pattern_sizes", "pattern_top_k", "pattern_one"],
 )
 @pytest.mark.filterwarnings("ignore:.*cannot learn")
 def test_sizes_and_scalings(fields):
@@ -103,6 +111,7 @@ def test_sizes_and_scalings(fields):
     assert wrapped.moe_lora_B["default"].shape == (module.num_experts, OUT, module.rank)
     assert len(wrapped.moe_lora_router) == (module.num_experts > 1)
     assert len(wrapped.moe_lora_threshold) == (module.num_experts > 1 and "adaptive_threshold" in fields)
+    assert len(wrapped.moe_lora_temperature_1) == (module.num_experts > 1 and "temperature_hidden_size" in fields)
 
 
 @pytest.mark.parametrize("shape", [(IN,), (3, IN), (0, IN), (2, 3, 4, IN)])
@@ -131,6 +140,9 @@ def test_gradients_equal_those_of_a_loop_over_experts(fields):
         threshold = wrapped.moe_lora_threshold["default"]
         tau = c.threshold * torch.sigmoid(x @ threshold.weight.T + threshold.bias)
     scores = {"softmax": z.softmax(-1), "abs_softmax": z.abs().softmax(-1), "sigmoid": z.sigmoid(), "identity": z}
+    if c.scoring_func == "sparsemax":  # z - t where that is above 0, t from the definition
+        above = torch.from_numpy(np.stack([sparsemax(row) for row in z.detach().numpy()]) > 0)
+        scores["sparsemax"] = (z - ((z * above).sum(-1, keepdim=True) - 1) / above.sum(-1, keepdim=True)) * above
     p = scores[c.scoring_func]
     if c.top_k:
         keep = p >= p.sort(-1, descending=True).values[:, [c.top_k - 1]]

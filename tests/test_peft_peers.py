@@ -49,7 +49,8 @@ def logits(model, peer: Peer, ids: str = "task_ids") -> torch.Tensor:
 def test_peft_gives_the_peers_own_logits(peer, native):
     model = peft.PeftModel.from_pretrained(base(peer), native(peer))
     expected = torch.tensor(peer.reference["logits"])
-    torch.testing.assert_close(logits(model, peer), expected, atol=1e-4, rtol=0)
+    # LD-MoLE's temperature goes down to 0.01, which multiplies its own rounding: its provenance says 2e-4
+    torch.testing.assert_close(logits(model, peer), expected, atol=2e-4 if "sparsegen" in peer.name else 1e-4, rtol=0)
 
 
 def test_several_task_ids_are_averaged_as_the_peer_does(native):

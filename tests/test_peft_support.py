@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import moe_lora_interop.peft_tuner as tuner
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from tests.numpy_mixture import sparsemax
 
 torch.set_num_threads(1)  # for matrices this small, threads only wait for each other
 
@@ -73,14 +74,14 @@ SELECTIONS = {
 def _combinations() -> Iterator:
     """Every scoring x selection x norm that a config allows."""
     for scoring, (name, selection), norm in itertools.product(
-        ("softmax", "abs_softmax", "sigmoid", "identity"), SELECTIONS.items(), (True, False)
+        ("softmax", "abs_softmax", "sigmoid", "identity", "sparsemax"), SELECTIONS.items(), (True, False)
     ):
         fields = {"scoring_func": scoring, "norm_topk_prob": norm, "num_experts": 4} | selection
         if scoring == "abs_softmax" and name == "adaptive":
             continue
         if scoring == "identity" and (norm or "threshold" in selection):
             continue
-        if not norm and name == "dense" and "softmax" in scoring:
+        if not norm and name == "dense" and scoring not in ("sigmoid", "identity"):
             continue
         yield pytest.param(fields, id=f"{scoring}-{name}-{'norm' if norm else 'raw'}")
 
@@ -95,6 +96,8 @@ def gates_by_hand(z: np.ndarray, c: MoeLoraConfig, top_k: int | None, tau: float
         p = score
     elif c.scoring_func == "sigmoid":
         p = 1 / (1 + np.exp(-score))
+    elif c.scoring_func == "sparsemax":
+        p = sparsemax(score)
     else:
         p = np.exp(score - score.max())
         p = p / p.sum()
@@ -120,6 +123,13 @@ FIELDS = {
     "ffn": {"scope": "ffn", "target_modules": MLP, "router_bias": True, "top_k": 2},
     "ffn_dense": {"scope": "ffn", "target_modules": [*MLP, "q_proj"], "num_experts_pattern": {"q_proj": 1}},
     "ffn_adaptive": {"scope": "ffn", "target_modules": ["up_proj"], "threshold": 0.4, "adaptive_threshold": True},
+    "ffn_temperature": {
+        "scope": "ffn",
+        "target_modules": ["up_proj"],
+        "scoring_func": "sparsemax",
+        "router_temperature": 2.0,
+        "temperature_hidden_size": 3,
+    },
     "model": {"scope": "model", "top_k": 2},
     "layerwise": {"scope": "model", "router_depth": 2, "router_hidden_size": 5, "router_bias": True, "layerwise": True},
     "first_pass": {"scope": "model", "layerwise": True, "scaling_pass_value": 0.5},

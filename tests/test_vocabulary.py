@@ -86,7 +86,7 @@ def configs(draw, scope: str, router_input: str, usual_mix: str) -> MoeLoraConfi
         router_input=router_input,
         mix=mix,
         num_experts=experts,
-        scoring_func=draw(st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity"])),
+        scoring_func=draw(st.sampled_from(["softmax", "abs_softmax", "sigmoid", "identity", "sparsemax"])),
         router_temperature=draw(st.sampled_from([1.0, 0.7])),
         norm_topk_prob=draw(st.booleans()),
         routed_scaling_factor=draw(st.sampled_from([1.0, 1.5])),
@@ -109,6 +109,8 @@ def configs(draw, scope: str, router_input: str, usual_mix: str) -> MoeLoraConfi
         fields["router_depth"] = draw(st.integers(1, 3))
         fields["router_hidden_size"] = 6 if fields["router_depth"] > 1 else None
         fields["layerwise"] = router_input == "hidden" and fields["n_splits"] == 1 and draw(st.booleans())
+    if scope != "model" and router_input == "hidden":
+        fields["temperature_hidden_size"] = draw(st.sampled_from([None, None, 3]))
     fields["router_bias"] = fields.get("router_depth") != 0 and draw(st.booleans())
     if mix == "outputs":
         fields["r"] = draw(st.one_of(st.just(2), st.lists(st.integers(1, 3), min_size=experts, max_size=experts)))
@@ -227,6 +229,10 @@ WORDS = {
     "codes of one A": {"router_input": "expert_activations", "shared_lora_A": True, "top_k": 2, "router_bias": True},
     "top p": {"top_k": 1, "top_p": 0.7, "norm_topk_prob": False},
     "entropy of whole blocks": {"scope": "ffn", "top_k": 1, "top_p": 0.6, "entropy_threshold": 0.7, **ATTENTION_ALONE},
+    "sparse": {"scoring_func": "sparsemax", "router_temperature": 2.0},
+    "sparse, at a temperature of its own": {"scoring_func": "sparsemax", "temperature_hidden_size": 5},
+    "whole blocks at a temperature of their own": {"scope": "ffn", "temperature_hidden_size": 5, **ATTENTION_ALONE},
+    "signed, weights mixed, own temperature": {**SIGNED, "mix": "weights", "n_splits": 2, "temperature_hidden_size": 3},
     "signed top 1 of the model": {**SIGNED, "scope": "model", "top_k": 1, "router_temperature": 0.5},
 }
 

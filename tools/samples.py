@@ -24,6 +24,7 @@ _EWORA = {
     "scoring_func": "identity",
     "norm_topk_prob": False,
 }
+_LD_MOLE = {"scoring_func": "sparsemax", "router_temperature": 0.01, "temperature_hidden_size": 3}
 _UNLIKE = {"v_proj": 3}
 _SIGNED = {"scoring_func": "identity", "norm_topk_prob": False, "scaling_pass_value": 0.3}
 # {layout: (preset or "", fields, modules of a layer)}
@@ -34,6 +35,7 @@ SAMPLES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         _ATTENTION,
     ),
     "loramoe": ("loramoe", {"router_aux_loss_coef": 0.1, "router_aux_loss_delta": 0.2}, _FFN),
+    "ld-mole": ("loramoe", _LD_MOLE, _FFN),
     "hydralora": ("hydralora", {}, _ATTENTION),
     "moe-peft-loramoe": ("", _PLAIN_ATTENTION, (*_ATTENTION, *_FFN)),
     "moe-peft-mola": ("mola", {}, (*_ATTENTION, *_FFN)),
@@ -77,7 +79,17 @@ def sample(layout: str, *, seed: int = 0, layers: int = 2) -> Adapter:
     modules = [f"model.layers.{n}.{kind}" for n in range(layers) for kind in kinds]
     values = {"target_modules": modules, **_SIZES, **fields}
     config = MoeLoraConfig.preset(preset, **values) if preset else MoeLoraConfig(**values)
-    return random_adapter(config, modules, seed=seed)
+    adapter = random_adapter(config, modules, seed=seed)
+    return with_shared_temperatures(adapter) if layout == "ld-mole" else adapter
+
+
+def with_shared_temperatures(adapter: Adapter) -> Adapter:
+    """The adapter with one temperature network for all modules of equally many inputs, as LD-MoLE has it."""
+    tensors, firsts = dict(adapter.tensors), {}
+    for (module, role), tensor in adapter.tensors.items():
+        if role.startswith("temperature_"):
+            tensors[module, role] = firsts.setdefault((role, adapter.tensors[module, "router"].shape[1]), tensor)
+    return Adapter(adapter.config, tensors)
 
 
 def random_adapter(config: MoeLoraConfig, modules: list[str], *, seed: int = 0) -> Adapter:

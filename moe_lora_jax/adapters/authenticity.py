@@ -15,6 +15,7 @@ from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.layers.model_router import ModelRouter
 from moe_lora_jax.layers.multi_adapter import MultiAdapterLinear
 from moe_lora_jax.layers.router import Router, TaskRouter
+from moe_lora_jax.layers.temperature import Temperature
 from moe_lora_jax.tree import modules
 
 ROUTERS = (Router, TaskRouter, ModelRouter)
@@ -45,7 +46,7 @@ def _problems(model: nnx.Module, config: MoeLoraConfig, root: str) -> Iterator[s
     for inner, module in modules(model):
         path = ".".join(part for part in (root, inner) if part)
         kind = type(module)
-        if kind not in (*ROUTERS, *LAYERS):
+        if kind not in (*ROUTERS, *LAYERS, Temperature):
             if isinstance(module, LAYERS + ROUTERS) or _owns_parameters(module):
                 yield _other_class(path, module)
         elif replaced := [n for n, v in vars(module).items() if callable(v) and callable(getattr(kind, n, None))]:
@@ -57,6 +58,9 @@ def _problems(model: nnx.Module, config: MoeLoraConfig, root: str) -> Iterator[s
             mix = config.mix if sizes.has_router else "outputs"
             if isinstance(module, MoeLoraLinear) and module.mix != mix:
                 yield f"{path}: mix: found {module.mix!r}, expected {mix!r} as in the config"
+        elif isinstance(module, Temperature):
+            if module.least != config.router_temperature:
+                yield f"{path}: least: found {module.least}, expected {config.router_temperature} as in the config"
         elif kind in ROUTERS:
             owner = path.rpartition(".")[0] if kind is not ModelRouter else ""
             rule = Gating.of(config, config.for_module(_module(owner, names)))

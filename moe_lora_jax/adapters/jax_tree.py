@@ -16,6 +16,8 @@ JAX_TREE = Dialect(
         Rule("router_bias", "{module}.router.bias", "logit"),
         Rule("threshold", "{module}.router.threshold_kernel", "in"),
         Rule("threshold_bias", "{module}.router.threshold_bias", ""),
+        Rule("temperature_{j}", "{module}.router.temperature.kernel_{j}", "in unit"),
+        Rule("temperature_bias_{j}", "{module}.router.temperature.bias_{j}", "unit"),
         Rule("task_embedding", "{module}.router.task_embedding", "task dim"),
         Rule("router_{j}", "moe_lora_router.kernels.{j}", "in unit", module=""),
         Rule("router_bias_{j}", "moe_lora_router.biases.{j}", "unit", module=""),

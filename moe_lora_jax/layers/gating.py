@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 
-_SCORES = {"softmax": jax.nn.softmax, "abs_softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid, "identity": lambda z: z}
-
 
 class RouterOutput(NamedTuple):
     """One router's decision for every token; all of shape [..., expert], fp32 (`kept` is boolean).
@@ -50,10 +48,10 @@ class Gating:
 def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = None) -> RouterOutput:
     """Computes the gates.
 
-        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z
+        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z | sparsemax(z)
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
                 with top_p and entropy_threshold more, as `moe_lora_interop.config` says it
-        gates = softmax of log p over the kept                 norm_topk_prob, no adaptive threshold
+        gates = softmax of log p over the kept     norm_topk_prob, no adaptive threshold, no sparsemax (whose p are 0)
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
 
     The first form equals the second in exact arithmetic, but gives exact zeros as gradients where they are zero
@@ -76,7 +74,7 @@ def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = Non
             kept |= entropy > gating.entropy_threshold
     else:
         kept = jnp.ones(z.shape, bool) if tau is None else scores >= tau
-    if gating.norm_topk_prob and not gating.adaptive_threshold:
+    if gating.norm_topk_prob and not gating.adaptive_threshold and gating.scoring_func != "sparsemax":
         gates = _masked_softmax(z if is_softmax else jax.nn.log_sigmoid(z), kept)  # softmax needs no log: p ~ exp(z)
     else:
         weights = scores - tau if gating.adaptive_threshold and tau is not None else scores
@@ -85,6 +83,28 @@ def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = Non
             total = jnp.sum(gates, axis=-1, keepdims=True)
             gates = jnp.where(total > 0, gates / jnp.where(total > 0, total, 1.0), 0.0)
     return RouterOutput(logits, scores, kept, gates)
+
+
+def sparsemax(z: jax.Array) -> jax.Array:
+    """The probabilities nearest to z: max(z - t, 0), t such that their sum is 1 (arXiv:1602.02068); [..., expert].
+
+    Expert i is above t if sum_j max(z_j - z_i, 0) < 1. Of any t the derivatives are those with these experts fixed.
+    That needs no sort, whose derivative is a gather, which a mesh would compute on whole arrays.
+    """
+    fixed = jax.lax.stop_gradient(z)
+    above = ~(jnp.sum(jnp.maximum(fixed[..., None, :] - fixed[..., None], 0), axis=-1) >= 1)  # where z is nan, p is too
+    z = z - jnp.max(fixed, axis=-1, keepdims=True)
+    t = (jnp.sum(jnp.where(above, z, 0.0), axis=-1, keepdims=True) - 1) / jnp.sum(above, axis=-1, keepdims=True)
+    return jnp.where(z <= t, 0.0, z - t)
+
+
+_SCORES = {
+    "softmax": jax.nn.softmax,
+    "abs_softmax": jax.nn.softmax,  # of |z|, which `route` gives it
+    "sigmoid": jax.nn.sigmoid,
+    "identity": lambda z: z,
+    "sparsemax": sparsemax,
+}
 
 
 def top_k_slots(z: jax.Array, k: int) -> jax.Array:

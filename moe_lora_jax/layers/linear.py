@@ -124,7 +124,7 @@ class MoeLoraLinear(Described, LayerWrapper):
         same_input = not (self.reads_codes or is_dropping)
         if isinstance(router, Router) and same_input and not router.is_jittering:
             hidden, product = joint_product(x, rows, router.columns())
-            gates = router.weights(router.from_product(product).gates)
+            gates = router.weights(router.from_product(product, x).gates)
         else:
             hidden = bf16_product(self.dropout(x.astype(a.dtype), rngs=self.rngs), rows)
             gates = self._gates(jax.nn.relu(hidden) if self.reads_codes else x)

@@ -11,6 +11,7 @@ from moe_lora_jax.layers.gating import Gating, RouterOutput, route
 from moe_lora_jax.layers.joint_product import exact_product
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.layers.shared import Shared, task_rows
+from moe_lora_jax.layers.temperature import Temperature
 
 ROUTER_STD = 0.02
 
@@ -59,11 +60,11 @@ class BaseRouter(Described, nnx.Module):
 
 
 class Router(BaseRouter):
-    """z = (R x + b) / temperature; gates as in `route`. Always in fp32.
+    """z = (R x + b) / T; gates as in `route`. Always in fp32.
 
     Variables: `kernel` [in, logit], N(0, 0.02^2) at init; `bias` [logit], zero; with an adaptive threshold
     tau = threshold * sigmoid(w.x + c): `threshold_kernel` [in] and `threshold_bias` [], zero. `logit` is the experts,
-    times n_splits.
+    times n_splits. T is router_temperature, or what `temperature` gives with temperature_hidden_size.
     """
 
     def __init__(self, in_features: int, sizes: ModuleConfig, *, config: MoeLoraConfig, rngs: nnx.Rngs):
@@ -74,10 +75,13 @@ class Router(BaseRouter):
         adaptive = config.adaptive_threshold
         self.threshold_kernel = MoeLoraParam(jnp.zeros(in_features, jnp.float32)) if adaptive else None
         self.threshold_bias = MoeLoraParam(jnp.zeros((), jnp.float32)) if adaptive else None
+        width, least = config.temperature_hidden_size, config.router_temperature
+        self.temperature = None if width is None else Temperature(in_features, width, least, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> RouterOutput:
         """Routes x [tokens, in]: fields [tokens, split, expert]."""
-        return self.from_product(exact_product(self.jittered(x), self.columns()))
+        x = self.jittered(x)
+        return self.from_product(exact_product(x, self.columns()), x)
 
     def columns(self) -> jax.Array:
         """What x is multiplied by, fp32 [in, column]: R, and w of an adaptive threshold."""
@@ -86,12 +90,13 @@ class Router(BaseRouter):
             return kernel
         return jnp.concatenate([kernel, self.threshold_kernel[...].astype(jnp.float32)[:, None]], axis=1)
 
-    def from_product(self, product: jax.Array) -> RouterOutput:
-        """The decision for [tokens, column], the product of x and `columns`."""
+    def from_product(self, product: jax.Array, x: jax.Array) -> RouterOutput:
+        """The decision for [tokens, column], the product of x and `columns`; x is for a temperature of its own."""
         logits, tau = product[:, : self.num_experts * self.n_splits], self.gating.threshold
         if self.bias is not None:
             logits = logits + self.bias[...]
-        logits = (logits / self.gating.router_temperature).reshape(product.shape[0], self.n_splits, self.num_experts)
+        temperature = self.gating.router_temperature if self.temperature is None else self.temperature(x)
+        logits = (logits / temperature).reshape(product.shape[0], self.n_splits, self.num_experts)
         if self.threshold_bias is None:
             return self.decide(logits, tau)
         assert tau is not None, "the config requires it"

@@ -25,7 +25,7 @@ from moe_lora_interop.rules.configs import options_of
 from moe_lora_interop.rules.tensors import axes_of
 from tests.golden.variants import IDS, LLAMA, NATIVE, TASK_IDS
 from tests.numpy_mixture import NumpyMixture
-from tools.samples import SAMPLES
+from tools.samples import SAMPLES, with_shared_temperatures
 
 ROOT = Path(__file__).parent
 BASE = ROOT / "base"
@@ -60,6 +60,8 @@ def write(directory: Path, layout: str, config: MoeLoraConfig, dtypes: tuple[str
     weights = load_file(BASE / "model.safetensors")
     for seed in range(1000):
         adapter = random_adapter(config, weights, dtypes, seed)
+        if layout == "ld-mole":
+            adapter = with_shared_temperatures(adapter)
         truth = Recorder(weights, LLAMA, adapter)
         tasks = TASK_IDS if config.router_input == "task" else None
         logits = truth.logits(IDS, tasks)

@@ -44,6 +44,8 @@ NATIVE: dict[str, dict[str, Any]] = {
     "identity": {"scoring_func": "identity", "norm_topk_prob": False, "top_k": 2, "router_bias": True},
     "top_p": {"num_experts": 4, "top_k": 1, "top_p": 0.7, "entropy_threshold": 0.9, "entropy_index": 1.1},
     "expert_activations": {"router_input": "expert_activations", "router_bias": True, "rank_pattern": {"down_proj": 3}},
+    "sparsemax": {"scoring_func": "sparsemax", "router_bias": True, "router_temperature": 2.0},
+    "temperature": {"scoring_func": "sparsemax", "temperature_hidden_size": 5, "router_temperature": 0.01},
     "threshold": {"threshold": 0.35},
     "adaptive": {"threshold": 0.5, "adaptive_threshold": True, "router_bias": True},
     "shared_a": {"shared_lora_A": True, "use_rslora": True},

@@ -6,7 +6,6 @@ from typing import Any
 
 from moe_lora_interop.checkpoint.directory import WEIGHTS_NAMES, Directory
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
-from moe_lora_interop.dialects.unread import naming_unread
 from moe_lora_interop.disk import files
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.configs import refusals
@@ -19,7 +18,7 @@ def detect(directory: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: none or several fit; each candidate is listed with the reason.
     """
-    with naming_unread(directory), Directory(directory) as found:
+    with Directory(directory) as found:
         return _detected(found, {}).name
 
 

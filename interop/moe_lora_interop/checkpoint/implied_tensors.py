@@ -90,6 +90,9 @@ def _router_tensors(config: MoeLoraConfig, owner: str, logits: int) -> dict[Slot
                 tensors[owner, "router_bias"] = {"logit": logits}
         if config.adaptive_threshold:
             tensors |= {(owner, "threshold"): {}, (owner, "threshold_bias"): {}}
+        if width := config.temperature_hidden_size:
+            tensors |= {(owner, "temperature_0"): {"unit": width}, (owner, "temperature_bias_0"): {"unit": width}}
+            tensors |= {(owner, "temperature_1"): {"unit": 1, "in": width}, (owner, "temperature_bias_1"): {"unit": 1}}
         return tensors
     for j in range(config.router_depth):
         units = logits if j == config.router_depth - 1 else config.router_hidden_size or 0

@@ -16,7 +16,6 @@ from moe_lora_interop.checkpoint.directory import Directory
 from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
 from moe_lora_interop.checkpoint.store import checkpoint_files, store
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
-from moe_lora_interop.dialects.unread import naming_unread
 from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_files, will_remain
 from moe_lora_interop.disk.digest import begun
 from moe_lora_interop.disk.dtypes import STORED
@@ -84,9 +83,8 @@ def between_saves(
     for attempt in range(RETRIES):
         with Directory(path) as directory:
             try:
-                with naming_unread(path):
-                    reading = Reading(directory, layout, options)
-                    found = look(reading)
+                reading = Reading(directory, layout, options)
+                found = look(reading)
             except (CheckpointError, ConfigError):
                 # asked in this order, a save that ends between the two questions has changed something
                 if not is_being_replaced(directory.path) and directory.unchanged():

@@ -1,6 +1,6 @@
 """A directory as an adapter in one layout: names are matched with rules once, then come sizes, and values last."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,7 @@ class Reading:
         Raises:
             CheckpointError, ConfigError: with every problem found.
         """
-        check_no_whole_modules(self._path, self.stored.raw, self.stored.infos)
+        check_no_whole_modules(self._path, self.stored.raw, self._of_no_adapter())
         config, (by_rule, unexpected) = self.config, self._claimed
         problems = [*unexpected]
         tensors, copies = moved(by_rule, config_sizes(config), problems)
@@ -110,13 +110,20 @@ class Reading:
     def notes(self) -> list[str]:
         """What else the files hold, by their headers: tensors of the base model, and modules trained whole."""
         names, infos = self.stored.raw.get("modules_to_save"), self.stored.infos
-        whole = whole_modules(names, infos) if isinstance(names, list) else []
+        whole = whole_modules(names, self._of_no_adapter()) if isinstance(names, list) else []
         rules = {
             key: claim(self.dialect.rules, key, len(info.shape)) for key, info in infos.items() if key not in whole
         }
         of_base = {below_prefix(k): infos[k].shape for k, rule in rules.items() if rule and rule.copy == "base"}
         trained = [f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole]
         return [*left_out(of_base), *trained]
+
+    def _of_no_adapter(self) -> Iterator[str]:
+        """The keys that no rule says are the adapter's. (LD-MoLE lists a part of its adapter in modules_to_save.)"""
+        for key, info in self.stored.infos.items():
+            rule = claim(self.dialect.rules, key, len(info.shape))
+            if rule is None or rule.copy == "base":
+                yield key
 
     def _incomplete(self, problems: list[str]) -> CheckpointError:
         hint = [self.dialect.hint] if self.dialect.hint else []

@@ -2,8 +2,10 @@
 
 The forward pass that a config describes, for a target linear layer W0 with experts e = 1..E:
 
-    z      = (R x + b) / router_temperature                      router logits, fp32, [expert]
-    p      = softmax(z) | softmax(|z|) | sigmoid(z) | z          scoring_func
+    z      = (R x + b) / T                                       router logits, fp32, [expert]; T = router_temperature
+             and with temperature_hidden_size T = router_temperature + softplus(-(W_1 relu(W_0 x + b_0) + b_1))
+    p      = softmax(z) | softmax(|z|) | sigmoid(z) | z | sparsemax(z)                                  scoring_func
+             sparsemax(z) = max(z - t, 0), t such that its sum is 1
     keep   = all | the top_k largest p | p >= tau                tau = threshold, times sigmoid(w.x + c) if adaptive
              and with top_p those whose p, added to all larger ones, makes at most top_p (DynMoLE)
              and all where H > entropy_threshold, H = (1 - sum_e P_e^q) / (1 - E^(1-q)), or, q being 1,
@@ -73,7 +75,8 @@ from moe_lora_interop.errors import ConfigError, did_you_mean, expected
 FORMAT_VERSION = 2  # the newest one; a file has the oldest that can say its config
 PEFT_TYPE = "MOE_LORA"
 _ROUTER_INPUT = since(2, one_of("hidden", "task", "expert_activations"), "expert_activations")
-_SCORE = since(2, one_of("softmax", "abs_softmax", "sigmoid", "identity"), "identity")
+_SCORES = ("softmax", "abs_softmax", "sigmoid", "identity", "sparsemax")
+_SCORE = since(2, one_of(*_SCORES), "identity", "sparsemax")
 
 
 def _is_version(value: Any) -> bool:
@@ -128,8 +131,11 @@ class MoeLoraConfig:
         n_splits: parts of input and output with gates of their own, with mix = "weights" (arXiv:2211.03831).
         router_bias: whether the router has a bias b.
         scoring_func: "softmax", "abs_softmax" (Arrow, arXiv:2405.11157), "sigmoid", or "identity": the logits
-            themselves, which have a sign (needs norm_topk_prob False).
-        router_temperature: divides the logits (and |logits|).
+            themselves, which have a sign (needs norm_topk_prob False), or "sparsemax" (arXiv:1602.02068): a token uses
+            as many experts as its logits tell apart.
+        router_temperature: divides the logits (and |logits|); with temperature_hidden_size it is the least T.
+        temperature_hidden_size: a learned T for every token, from an MLP of this width beside each router (LD-MoLE,
+            github.com/eshentw/LD-MoLE).
         top_k: experts kept per token; None keeps all (dense).
         threshold: keep experts with p >= threshold (MoLE); with adaptive_threshold it is the largest tau
             (AdaMoLE, arXiv:2405.00361).
@@ -192,10 +198,9 @@ class MoeLoraConfig:
     mix: str = field(default="outputs", metadata=one_of("outputs", "weights"))
     n_splits: int = field(default=1, metadata=integer(1))
     router_bias: bool = field(default=False, metadata=BOOL)
-    scoring_func: str = field(
-        default="softmax", metadata=since(2, one_of("softmax", "abs_softmax", "sigmoid", "identity"), "identity")
-    )
+    scoring_func: str = field(default="softmax", metadata=_SCORE)
     router_temperature: float = field(default=1.0, metadata=POSITIVE)
+    temperature_hidden_size: int | None = field(default=None, metadata=since(2, optional(integer(1))))
     top_k: int | None = field(default=None, metadata=optional(integer(1), "null (dense) or "))
     threshold: float | None = field(default=None, metadata=optional(PROBABILITY))
     adaptive_threshold: bool = field(default=False, metadata=BOOL)

@@ -94,8 +94,10 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
         and f"found {router_aux_loss_coef} with scoring_func identity, expected 0: signed scores are no probabilities"
     ),
     lambda norm_topk_prob, scoring_func, threshold, top_k, top_k_pattern: (
-        (not norm_topk_prob and "softmax" in scoring_func and threshold is None and not _selects(top_k, top_k_pattern))
-        and "found false with a dense softmax, whose weights sum to 1 anyway; expected true, top_k or threshold"
+        (not norm_topk_prob and scoring_func not in ("sigmoid", "identity") and threshold is None)
+        and not _selects(top_k, top_k_pattern)
+        and "found false with a dense softmax or sparsemax, whose weights sum to 1 anyway; expected true, top_k or "
+        "threshold"
     ),
     # target modules
     lambda layers_to_transform, target_modules: _beside_a_string(layers_to_transform, target_modules),
@@ -132,6 +134,11 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
     lambda router_hidden_size, router_depth: (
         (router_hidden_size is None) == (router_depth > 1)
         and f"found {router_hidden_size} with router_depth {router_depth}, expected a size if and only if depth > 1"
+    ),
+    lambda temperature_hidden_size, scope, router_input: (
+        (temperature_hidden_size is not None and (scope == "model" or router_input != "hidden"))
+        and f"found {temperature_hidden_size} with scope {scope} and router_input {router_input}, expected scope "
+        "linear or ffn and router_input hidden with it"
     ),
     lambda router_dropout, router_depth: (
         (router_dropout > 0 and router_depth < 1)

@@ -36,7 +36,9 @@ def routing_in_words(config: MoeLoraConfig) -> str:
         return "none, one expert (plain LoRA)"
     logits = "R relu(A x)" if config.router_input == "expert_activations" else "R x"
     logits = f"{logits} + b" if config.router_bias else logits
-    if config.router_temperature != 1:
+    if config.temperature_hidden_size is not None:
+        logits = f"({logits}) / T, T = {config.router_temperature:g} + softplus(-MLP(x))"
+    elif config.router_temperature != 1:
         logits = f"({logits}) / {config.router_temperature:g}"
     if config.scaling_pass_value:
         logits += f", x from a first pass with every gate {config.scaling_pass_value:g}"
@@ -50,7 +52,7 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
     Args:
         by_module: added to what is kept, where that differs by module.
     """
-    scores = {"softmax": "softmax(z)", "abs_softmax": "softmax(|z|)", "sigmoid": "sigmoid(z)", "identity": "z"}
+    scores = {"abs_softmax": "softmax(|z|)", "identity": "z"}.get(rule.scoring_func, f"{rule.scoring_func}(z)")
     if rule.top_k is not None:
         kept = f"the {rule.top_k} largest"
     elif rule.adaptive_threshold:
@@ -66,4 +68,4 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
         kept += f", all where the entropy H_{rule.entropy_index:g}{eps} is above {rule.entropy_threshold:g}"
     norm = ", divided by their sum" if rule.norm_topk_prob else ", not renormalised"
     factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
-    return f"p = {scores[rule.scoring_func]}, keep {kept}{by_module}{norm}{factor}"
+    return f"p = {scores}, keep {kept}{by_module}{norm}{factor}"

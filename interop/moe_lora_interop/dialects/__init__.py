@@ -7,6 +7,7 @@ from moe_lora_interop.dialects.comol import COMOL
 from moe_lora_interop.dialects.ewora import EWORA
 from moe_lora_interop.dialects.for_ai import FOR_AI_MOLORA
 from moe_lora_interop.dialects.hydralora import HYDRALORA
+from moe_lora_interop.dialects.ld_mole import LD_MOLE
 from moe_lora_interop.dialects.lora import PLAIN_LORA
 from moe_lora_interop.dialects.loramoe import LORAMOE
 from moe_lora_interop.dialects.maxtext import MAXTEXT
@@ -25,6 +26,7 @@ FILE_DIALECTS = (
     NATIVE,
     PLAIN_LORA,
     LORAMOE,
+    LD_MOLE,
     HYDRALORA,
     MOE_PEFT_LORAMOE,
     MOE_PEFT_MOLA,

@@ -15,6 +15,8 @@ NATIVE = Dialect(
         Rule("router_bias", "base_model.model.{module}.moe_lora_router.bias", "logit"),
         Rule("threshold", "base_model.model.{module}.moe_lora_threshold.weight", "one in"),
         Rule("threshold_bias", "base_model.model.{module}.moe_lora_threshold.bias", "one"),
+        Rule("temperature_{j}", "base_model.model.{module}.moe_lora_temperature_{j}.weight", "unit in"),
+        Rule("temperature_bias_{j}", "base_model.model.{module}.moe_lora_temperature_{j}.bias", "unit"),
         Rule("task_embedding", "base_model.model.{module}.moe_lora_task_embedding.weight", "task dim"),
         Rule("router_{j}", "base_model.moe_lora_router_{j}.weight", "unit in", module=""),
         Rule("router_bias_{j}", "base_model.moe_lora_router_{j}.bias", "unit", module=""),

@@ -75,6 +75,11 @@ def adapter_problems(adapter: Adapter) -> list[str]:
             f"entropy_threshold: found {c.entropy_threshold}, expected null: Mixtral selects by top-k alone",
         ),
         (c.scoring_func != "softmax", f"scoring_func: found {c.scoring_func}, expected softmax"),
+        (
+            c.temperature_hidden_size is not None,
+            f"temperature_hidden_size: found {c.temperature_hidden_size}, expected null: Mixtral's router has no "
+            "temperature",
+        ),
         (not c.norm_topk_prob and not dense, "norm_topk_prob: found false, expected true: Mixtral renormalises"),
         (c.routed_scaling_factor != 1, f"routed_scaling_factor: found {c.routed_scaling_factor}, expected 1"),
         (bool(c.modules_to_save), f"modules_to_save: found {c.modules_to_save}, expected null"),

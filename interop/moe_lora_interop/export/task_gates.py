@@ -14,7 +14,7 @@ def compute_gates(
 ) -> np.ndarray:
     """Weights g of the experts, times routed_scaling_factor: [..., expert], from logits z: [..., expert].
 
-        p = softmax(z) | softmax(|z|) | sigmoid(z) | z
+        p = softmax(z) | softmax(|z|) | sigmoid(z) | z | sparsemax(z)
         kept: all | the top_k largest p | p >= tau; with top_p and entropy_threshold more, as the config says
         g = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
 
@@ -29,6 +29,8 @@ def compute_gates(
         score = np.exp(-np.logaddexp(0.0, -z))
     elif config.scoring_func == "identity":
         score = z
+    elif config.scoring_func == "sparsemax":
+        score = _sparsemax(z)
     else:
         exponential = np.exp(z - z.max(axis=-1, keepdims=True))
         score = exponential / exponential.sum(axis=-1, keepdims=True)
@@ -46,6 +48,13 @@ def compute_gates(
         total = weights.sum(axis=-1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
     return weights * config.routed_scaling_factor
+
+
+def _sparsemax(z: np.ndarray) -> np.ndarray:
+    """max(z - t, 0), t such that the sum is 1: expert i is above t if sum_j max(z_j - z_i, 0) < 1."""
+    above = np.maximum(z[..., None, :] - z[..., None], 0).sum(axis=-1) < 1
+    t = ((z * above).sum(axis=-1, keepdims=True) - 1) / above.sum(axis=-1, keepdims=True)
+    return np.maximum(z - t, 0)
 
 
 def _further(p: np.ndarray, config: MoeLoraConfig) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From router logits to gates: one composition for every routing scheme, the same in JAX and PyTorch."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class RouterOutput(NamedTuple):
 def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor | float | None) -> RouterOutput:
     """Computes the gates.
 
-        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z
+        p     = softmax(z) | softmax(|z|) | sigmoid(z) | z | sparsemax(z)
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
                 with top_p and entropy_threshold more, as `moe_lora_interop.config` says it
         gates = softmax of z (or |z|) over the kept logits     softmax scores, norm_topk_prob, no adaptive threshold
@@ -43,7 +44,7 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
     # |z| by selection: its derivative at 0 is 1, as jax.numpy.abs has it, where torch.abs has 0
     z = torch.where(logits >= 0, logits, -logits) if config.scoring_func == "abs_softmax" else logits
     is_softmax = "softmax" in config.scoring_func
-    scores = z.softmax(-1) if is_softmax else z if config.scoring_func == "identity" else z.sigmoid()
+    scores = _SCORES[config.scoring_func](z)
     if top_k is not None:
         # by z, which orders like p but does not saturate; torch.topk breaks ties in no particular order
         order = z.sort(dim=-1, descending=True, stable=True).indices
@@ -67,6 +68,27 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
             total = gates.sum(-1, keepdim=True)
             gates = gates / torch.where(total > 0, total, 1.0)
     return RouterOutput(logits, scores, kept, gates)
+
+
+def sparsemax(z: Tensor) -> Tensor:
+    """The probabilities nearest to z: max(z - t, 0), t such that their sum is 1 (arXiv:1602.02068); [..., expert].
+
+    Expert i is above t if sum_j max(z_j - z_i, 0) < 1. Of any t the derivatives are those with these experts fixed.
+    """
+    fixed = z.detach()
+    above = ~((fixed[..., None, :] - fixed[..., None]).clamp(min=0).sum(-1) >= 1)  # where z is nan, p is too
+    z = z - fixed.amax(-1, keepdim=True)
+    t = (torch.where(above, z, 0.0).sum(-1, keepdim=True) - 1) / above.sum(-1, keepdim=True)
+    return torch.where(z <= t, 0.0, z - t)
+
+
+_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(-1),
+    "abs_softmax": lambda z: z.softmax(-1),  # of |z|, which `route` gives it
+    "sigmoid": torch.sigmoid,
+    "identity": lambda z: z,
+    "sparsemax": sparsemax,
+}
 
 
 def _entropy(p: Tensor, q: float) -> Tensor:

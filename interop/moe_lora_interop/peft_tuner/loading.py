@@ -53,7 +53,7 @@ def widen_to_hold(stored: dict[str, Tensor], model: nn.Module) -> None:
             parameter.data = parameter.data.to(promote_types(parameter.dtype, tensor.dtype))
 
 
-OWN = r"moe_lora_(?:A|B|router|threshold|task_embedding)"
+OWN = r"moe_lora_(?:A|B|router|threshold|temperature_[01]|task_embedding)"
 PREFIX = "base_model.model."
 
 

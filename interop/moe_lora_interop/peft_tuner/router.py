@@ -22,6 +22,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
 
     moe_lora_router          Linear(in, logit); scope model: a list of them, an MLP with ReLU between
     moe_lora_threshold       Linear(in, 1)               only with adaptive_threshold
+    moe_lora_temperature_0   Linear(in, width)           only with temperature_hidden_size, which is this width
+    moe_lora_temperature_1   Linear(width, 1)            beside it
     moe_lora_task_embedding  Embedding(task, dim)        only with router_input task; dim = logit without a router
     moe_lora_shared          Shared                      where the gates, slots or task ids travel
     moe_lora_routing         RouterOutput                of the last forward in training mode, for losses and plots
@@ -31,7 +33,13 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
     `logit` counts num_experts x n_splits, times the routed layers for a layerwise router.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("moe_lora_router", "moe_lora_threshold", "moe_lora_task_embedding")
+    adapter_layer_names: tuple[str, ...] = (
+        "moe_lora_router",
+        "moe_lora_threshold",
+        "moe_lora_temperature_0",
+        "moe_lora_temperature_1",
+        "moe_lora_task_embedding",
+    )
     other_param_names: tuple[str, ...] = (
         "moe_lora_config",
         "moe_lora_module_config",
@@ -48,6 +56,8 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.moe_lora_router = nn.ModuleDict()
         self.moe_lora_threshold = nn.ModuleDict()
+        self.moe_lora_temperature_0 = nn.ModuleDict()
+        self.moe_lora_temperature_1 = nn.ModuleDict()
         self.moe_lora_task_embedding = nn.ModuleDict()
         self.moe_lora_config: dict[str, MoeLoraConfig] = {}
         self.moe_lora_module_config: dict[str, ModuleConfig] = {}
@@ -91,6 +101,9 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             self.moe_lora_router[adapter_name] = linears[0]
         if config.adaptive_threshold:
             self.moe_lora_threshold[adapter_name] = RouterLinear(in_features, 1, **kwargs)
+        if width := config.temperature_hidden_size:
+            self.moe_lora_temperature_0[adapter_name] = RouterLinear(in_features, width, **kwargs)
+            self.moe_lora_temperature_1[adapter_name] = RouterLinear(width, 1, **kwargs)
         for name in MoeLoraLayer.adapter_layer_names:
             for key, parameter in self.entry(name, adapter_name).named_parameters():
                 std = 0.0 if key.endswith("bias") or name == "moe_lora_threshold" else ROUTER_STD
@@ -128,7 +141,7 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(NO_VALUE.format(parameter=missing[0], name=adapter_name))
 
     def route(self, adapter_name: str, x: Tensor) -> RouterOutput:
-        """The decision for every token of x [token, in]: z = (R x + b) / router_temperature, and gates."""
+        """The decision for every token of x [token, in]: z = (R x + b) / T, and gates."""
         noise = self.moe_lora_config[adapter_name].router_jitter_noise
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -159,17 +172,27 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         tau: Tensor | float | None = config.threshold
         if config.adaptive_threshold and tau is not None:
             tau = tau * self.moe_lora_threshold[adapter_name](x).sigmoid()
+        temperature = self._temperature(adapter_name, x)
         for j, linear in enumerate(linears):
             if j:
                 x = F.dropout(F.relu(x), config.router_dropout, self.training)
             x = linear(x)
-        logits = x if config.router_temperature == 1 else x / config.router_temperature
+        logits = x if isinstance(temperature, float) and temperature == 1 else x / temperature
         if config.n_splits > 1 or config.layerwise:
             logits = logits.unflatten(-1, (-1, module.num_experts))
         routing = route(logits, config, module.top_k, tau)
         if self.training:
             self.moe_lora_routing[adapter_name] = routing
         return routing
+
+    def _temperature(self, adapter_name: str, x: Tensor) -> Tensor | float:
+        """T: one number, or with temperature_hidden_size [row, 1], which is never less."""
+        config = self.moe_lora_config[adapter_name]
+        least = float(config.router_temperature)
+        if config.temperature_hidden_size is None:
+            return least
+        hidden = F.relu(self.moe_lora_temperature_0[adapter_name](x))
+        return least + F.softplus(-self.moe_lora_temperature_1[adapter_name](hidden))
 
     def weights(self, adapter_name: str, gates: Tensor) -> Tensor:
         """routed_scaling_factor g, with expert_dropout in training."""

@@ -1,7 +1,7 @@
 """Between a layout's adapter_config.json and our config, by the fields of its `Dialect`."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from moe_lora_interop.config.adapter_config import BOOKKEEPING, MoeLoraConfig
@@ -48,9 +48,9 @@ def config_of(
         if len(sizes) > 1:
             problems.append(f"{name}: the tensors say {sorted(sizes)}, expected one number for all modules")
     problems += [
-        f"{name}: found {raw.get(name)!r}, the tensors say {tensors['', role].shape[axis]}"
-        for name, (role, axis) in dialect.measured.items()
-        if ("", role) in tensors and raw.get(name) != tensors["", role].shape[axis]
+        f"{name}: found {lookup(raw, name, None)!r}, the tensors say {size}"
+        for name, size in _measured(dialect, tensors)
+        if not _repeats(lookup(raw, name, None), size)
     ]
     for field in dialect.fields:
         value = lookup(raw, field.theirs, field.default)
@@ -91,7 +91,8 @@ def raw_of(
     for name, allowed in dialect.const.items():
         if allowed:
             _put(raw, name, allowed[0])
-    raw |= {n: tensors["", role].shape[axis] for n, (role, axis) in dialect.measured.items() if ("", role) in tensors}
+    for name, size in _measured(dialect, tensors):
+        _put(raw, name, size)
     problems: list[str] = []
     for theirs, ours in dialect.cases:
         if all(_is(getattr(config, name), value) for name, value in ours.items()):
@@ -149,6 +150,18 @@ def differences(config: MoeLoraConfig, other: MoeLoraConfig, modules: list[str])
             ours = {"ranks": "r", "alphas": "lora_alpha"}.get(name, name)
             found[ours] = (mine[module], theirs[module])
     return dict(sorted(found.items()))
+
+
+def _measured(dialect: Dialect, tensors: Mapping[tuple[str, str], Tensor]) -> Iterator[tuple[str, int | list[int]]]:
+    """The fields of `measured` and what the tensors say."""
+    for name, (role, axis) in dialect.measured.items():
+        sizes = {module: tensor.shape[axis] for (module, of), tensor in tensors.items() if of == role}
+        if sizes:
+            yield name, sizes[""] if "" in sizes else sorted(set(sizes.values()))
+
+
+def _repeats(value: Any, size: int | list[int]) -> bool:
+    return isinstance(value, list) and all(n in value for n in size) if isinstance(size, list) else value == size
 
 
 def _count_experts(tensors: Mapping[tuple[str, str], Tensor], modules: list[str], ours: Values) -> None:

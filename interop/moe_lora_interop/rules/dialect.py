@@ -120,7 +120,8 @@ class Dialect:
         experts_from_tensors: whether num_experts is counted in the tensors.
         counted: {our field: (role, axis)}: sizes that only the tensors say; the same in every module.
         weights: file name written; of adapter_model, .safetensors and .bin are both read.
-        measured: {their field: (role, axis)}: sizes that their config repeats from the tensors.
+        measured: {their field: (role, axis)}: sizes that their config repeats from the tensors: that of the model's
+            tensor, or the list of those of the modules' tensors, to which a file may add more.
         folders: where the experts are, if not in the same file.
         derive: computes our tensors from what `rules` make of the stored ones, where these are not ours themselves (see
             `derived`).

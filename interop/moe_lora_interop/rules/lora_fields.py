@@ -99,7 +99,7 @@ def sparsegen_problem(value: Any) -> str:
     """LD-MoLE says only here whether its gates are sparsegen's; its field `sparsegen` is always false."""
     if isinstance(value, Mapping) and value.get("enabled") is False:
         return ""
-    return "expected enabled false: with sparsegen the gates are no softmax, and the layout is another one"
+    return "expected enabled false: with sparsegen the gates are no softmax, and the layout is ld-mole"
 
 
 def named_modules_problem(value: Any) -> str:

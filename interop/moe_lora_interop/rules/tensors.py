@@ -30,6 +30,8 @@ ROLES = {
     "router_bias": "logit",
     "threshold": "in",
     "threshold_bias": "",
+    "temperature_{j}": "unit in",
+    "temperature_bias_{j}": "unit",
     "task_embedding": "task dim",
     "router_{j}": "unit in",
     "router_bias_{j}": "unit",
@@ -42,7 +44,8 @@ ROLES = {
 }
 # `logit` counts a router's outputs: the experts, times splits or layers where there are any; `one` has size 1.
 AXES = frozenset("expert rank code in out layer one logit unit split task dim head".split())
-NUMBERS = AXES | {"j"}  # j numbers the layers of a router; it is no axis
+# no axes: j numbers the layers of a router; width is the size of the axis `in` of the layers that share a tensor
+NUMBERS = AXES | {"j", "width"}
 
 
 def axes_of(role: str) -> str:
@@ -50,7 +53,9 @@ def axes_of(role: str) -> str:
     return ROLES[re.sub(r"_\d+$", "_{j}", role)]
 
 
-Canonical = dict[tuple[str, str], Tensor]
+Slot = tuple[str, str]
+"""(module, role)."""
+Canonical = dict[Slot, Tensor]
 Sizes = Callable[[str], Mapping[str, int | tuple[int, ...]]]
 """Canonical module path -> {"expert": E, "rank": (r_0, ..., r_{E-1})}: what only the config knows."""
 
@@ -122,7 +127,8 @@ class Rule:
 
     Args:
         role: a key of `ROLES`.
-        key: stored name template; a folder is part of the name.
+        key: stored name template; a folder is part of the name. With `{width}` it is a tensor that all modules of this
+            width share, stored under every module whatever its own width: canonical tensors are those of each module.
         axes: stored axes; parentheses join several into one dimension.
         module: template of the canonical module path; "" is the model itself.
         canonical_axes: the same tensor's canonical axes, where joined axes must be told apart.
@@ -193,7 +199,11 @@ def moved(by_rule: ByRule, sizes: Sizes, problems: list[str]) -> tuple[Canonical
     canonical: Canonical = {}
     copies: Copies = []
     own = {rule: tensors for rule, tensors in by_rule.items() if rule.copy != "base"}
-    for rule, tensors in sorted(own.items(), key=lambda item: item[0].copy):  # "" before "same"
+    firsts: dict[Slot, Tensor] = {}
+    # "" before "same", and what shows the modules' widths before what is shared by width
+    for rule, tensors in sorted(own.items(), key=lambda item: ("width" in item[0].stored.fields, item[0].copy)):
+        if "width" in rule.stored.fields:
+            tensors = _of_own_width(rule, tensors, canonical, firsts, copies)
         for name, tensor in move(tensors, rule.stored, rule.canonical, sizes, problems):
             module, role = name.rsplit("|", 1)
             first = canonical.setdefault((module, role), tensor)
@@ -202,6 +212,21 @@ def moved(by_rule: ByRule, sizes: Sizes, problems: list[str]) -> tuple[Canonical
             elif rule.copy == "same":
                 copies.append((f"{rule.key} of {module}", first, tensor))
     return canonical, copies
+
+
+def _of_own_width(
+    rule: Rule, tensors: Mapping[str, Tensor], canonical: Canonical, firsts: dict[Slot, Tensor], copies: Copies
+) -> dict[str, Tensor]:
+    """Those that their module uses. Every other one is a duplicate of the first of its width."""
+    used = {}
+    for key, tensor in tensors.items():
+        bound = rule.stored.bind(key)
+        assert bound is not None
+        copies.append((key, firsts.setdefault((rule.role.format(**bound), bound["width"]), tensor), tensor))
+        a = canonical.get((bound.get("module", ""), "lora_A"))
+        if a is not None and a.shape[-1] == int(bound["width"]):
+            used[key] = tensor
+    return used
 
 
 def differing(copies: Copies) -> list[str]:
@@ -214,7 +239,7 @@ def differing(copies: Copies) -> list[str]:
 
 
 def encode(
-    rules: Sequence[Rule], canonical: Mapping[tuple[str, str], Tensor], sizes: Sizes, *, duplicates: bool = False
+    rules: Sequence[Rule], canonical: Mapping[Slot, Tensor], sizes: Sizes, *, duplicates: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Canonical tensors -> (stored tensors, problems): `decode` read from the other side."""
     by_rule: ByRule = {}
@@ -233,8 +258,32 @@ def encode(
             by_rule.setdefault(rule, {})[name] = tensor
     stored: dict[str, Tensor] = {}
     for rule, tensors in by_rule.items():
-        stored.update(move(tensors, rule.canonical, rule.stored, sizes, problems))
+        if "width" in rule.stored.fields:
+            for side, shared in _by_width(rule, tensors, canonical, duplicates, problems):
+                stored.update(move(shared, rule.canonical, side, sizes, problems))
+        else:
+            stored.update(move(tensors, rule.canonical, rule.stored, sizes, problems))
     return stored, problems
+
+
+def _by_width(
+    rule: Rule, tensors: Mapping[str, Tensor], canonical: Mapping[Slot, Tensor], duplicates: bool, problems: list[str]
+) -> Iterator[tuple[Side, dict[str, Tensor]]]:
+    """`_of_own_width` read from the other side: the stored side of every width, and what goes there."""
+    widths = {module: tensor.shape[-1] for (module, role), tensor in canonical.items() if role == "lora_A"}
+    firsts: dict[int, dict[str, tuple[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        module, role = name.rsplit("|", 1)
+        other, first = firsts.setdefault(widths[module], {}).setdefault(role, (module, tensor))
+        if differing([("", first, tensor)]) and not rule.copy:
+            problems.append(
+                f"{module} {role}: differs from that of {other}, and in this layout all modules with "
+                f"{widths[module]} inputs share it"
+            )
+    for width, shared in firsts.items():
+        modules = [module for module, own in widths.items() if duplicates or own == width]
+        part = {f"{module}|{role}": tensor for module in modules for role, (_, tensor) in shared.items()}
+        yield Side(rule.key.replace("{width}", str(width)), rule.axes), part
 
 
 def move(
