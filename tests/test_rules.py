@@ -302,7 +302,7 @@ def adapters(draw, rules):
     }
     stackable = all(("expert",) in r.stored.shape for r in stored_rules if r.role == "lora_A")
     shared = stackable and draw(st.booleans())
-    modules, tensors, count = {}, {}, 0
+    modules, tensors, of_width, count = {}, {}, {}, 0
     for rule in stored_rules:
         plain = rule.lacks_experts and rule.role in with_experts
         fields = rule.canonical.fields
@@ -331,6 +331,8 @@ def adapters(draw, rules):
                     tensor[
                         (expert, slice(own, None)) if role == "lora_A" else (expert, slice(None), slice(own, None))
                     ] = 0
+            if "width" in rule.stored.fields:  # one for all modules with so many inputs
+                tensor = of_width.setdefault((role, tensors[module, "lora_A"].shape[-1]), tensor)
             tensors[module, role] = tensor
             count += known["expert"] if "expert" in rule.stored.fields else 1
     return tensors, modules, count
