@@ -20,6 +20,7 @@ from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.adapters.checkpoint import load_adapter
 from moe_lora_jax.adapters.parameter_summary import summary
+from moe_lora_jax.cli.log_lines import LogLines
 from moe_lora_jax.cli.train_flags import AdapterFlags, DataFlags, MachineFlags, SettingsFlags
 from moe_lora_jax.models import load_base_model
 from moe_lora_jax.processes import connect, is_first, once
@@ -111,8 +112,11 @@ def train(
     if is_first():
         write_end_ids(output_dir, base, tokenizer)
     pad = pad_id(tokenizer, vocabulary)
+    lines = LogLines(shell, checked.total_steps(len(train_data.examples)))
     with shell.progress("compiling the step") as bar:
-        result = run(base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar)
+        result = run(
+            base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar, on_log=lines
+        )
     if result.is_finished:
         once(lambda: save_tokenizer(tokenizer, output_dir))
     return _tell(result, shell)

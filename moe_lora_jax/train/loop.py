@@ -38,6 +38,7 @@ from moe_lora_jax.train.step import StepMetrics, TrainState, merge_back
 from moe_lora_jax.train.stop_signals import stop_signals
 
 OnStep = Callable[[int, int, str], Any]
+OnLog = Callable[[int, Mapping[str, Any]], Any]
 STEPS = (
     "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
     "a smaller max_length: activations grow with batch_size and with the longest example",
@@ -81,6 +82,7 @@ def train(
     on_eval: Callable[[int, nnx.Module], Any] | None = None,
     pad_id: int = 0,
     on_progress: OnStep = no_progress,
+    on_log: OnLog | None = None,
 ) -> TrainResult:
     """Trains the adapter of `model` and writes it to `output_dir`; the model then carries it, in eval mode.
 
@@ -96,6 +98,8 @@ def train(
         on_eval: called after every evaluation with the step and the model, which carries the adapter of that step.
         pad_id: the token that padding is made of; it is masked.
         on_progress: called after every step with its number, how many there are, and a line on how it goes.
+        on_log: called with the step and {name: value} for each line of metrics.jsonl: every `log_every` steps with the
+            losses, the speed and the routers' state, and after every evaluation with eval_loss.
 
     Raises:
         TrainingError: no adapter, nothing selected to train, the directory is taken, the checkpoint does not fit, or
@@ -106,7 +110,7 @@ def train(
     for part in (data, eval_data):
         if part is not None:
             check_vocabulary(part, model)
-    loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
+    loop = _Loop(model, config, data, settings, eval_data, on_eval, on_log, pad_id)
     warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
     identity = {
         "settings": settings.fixed(),
@@ -146,10 +150,11 @@ class _Loop:
         settings: TrainSettings,
         eval_data: TokenData | None,
         on_eval: Callable[[int, nnx.Module], Any] | None,
+        on_log: OnLog | None,
         pad_id: int,
     ):
         self.model, self.data, self.settings = model, data, settings
-        self.eval_data, self.on_eval, self.pad_id = eval_data, on_eval, pad_id
+        self.eval_data, self.on_eval, self.on_log, self.pad_id = eval_data, on_eval, on_log, pad_id
         self.total_steps = settings.total_steps(len(data.examples))
         self.schedule, self.state, self.frozen, self.train_step = set_up(model, config, settings, self.total_steps)
         self.evaluated = nnx.graphdef(model)
@@ -200,7 +205,7 @@ class _Loop:
         show(self.step, self.total_steps, text)
         settings, last = self.settings, self.step == self.total_steps
         if self.step % settings.log_every == 0 or last or not self.losses:
-            self._log(metrics)
+            self._log_step(metrics)
         if self.eval_data is not None and (last or _due(self.step, settings.eval_every)):
             self.evaluate()
         if _due(self.step, settings.checkpoint_every):
@@ -213,7 +218,7 @@ class _Loop:
         size, pad_id = self.settings.batch_size, self.pad_id
         loss, tokens = mean_loss(self.evaluated, states, self.eval_data, batch_size=size, pad_id=pad_id)
         self.eval_losses[self.step] = loss
-        self.run.log({"step": self.step, "eval_loss": loss, "eval_tokens": tokens})
+        self._log({"eval_loss": loss, "eval_tokens": tokens})
         if self.on_eval is not None:
             copied = jax.tree.map(jnp.copy, (self.state.trainable, self.state.rng))  # the next step donates these
             merge_back(self.model, TrainState(copied[0], self.state.opt_state, copied[1]), self.frozen)
@@ -227,13 +232,17 @@ class _Loop:
         state, adapter = unstack_layers((self.state, self.frozen.adapter))
         return Snapshot(self.step, state, adapter, self.batches.state())
 
-    def _log(self, metrics: StepMetrics) -> None:
+    def _log(self, metrics: Mapping[str, Any]) -> None:
+        self.run.log({"step": self.step, **metrics})
+        if self.on_log is not None:
+            self.on_log(self.step, metrics)
+
+    def _log_step(self, metrics: StepMetrics) -> None:
         health = module_health(self.window.router)
         self.watch.check(self.step, health)
         self.losses[self.step] = float(metrics.lm_loss)
-        self.run.log(
+        self._log(
             {
-                "step": self.step,
                 "loss": float(metrics.loss),
                 "lm_loss": float(metrics.lm_loss),
                 "load_balancing_loss": float(metrics.load_balancing_loss),
