@@ -62,6 +62,8 @@ def test_the_file_continues_the_run_and_is_kept(first):
     [
         ("learning_rat: 1", "learning_rat: unknown, expected one of .*; did you mean learning_rate?"),
         ("batch_size: {a: 1}", "batch_size: found a mapping, expected a value or a list"),
+        ("lrr: 1", "lrr: unknown, expected one of .*; did you mean lr?"),
+        ("lr: 1\nlearning_rate: 1", "lr: found beside learning_rate, expected one of the two"),
         ("config: other.yaml", "config: unknown"),
         ("- 1", "found list, expected a mapping"),
         ("a: [", "expected the node content"),
@@ -72,6 +74,11 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, text, problem):
     file.write_text(text)
     with pytest.raises(ConfigError, match=problem):
         flags(train, file)
+
+
+def test_a_file_may_use_the_short_name_of_a_flag(tmp_path):
+    (tmp_path / "train.yaml").write_text("lr: 0.5")
+    assert flags(train, tmp_path / "train.yaml") == ["--lr=0.5"]
 
 
 def test_wrong_values_in_the_file_are_wrong_flags(tmp_path, capsys):

@@ -3,8 +3,12 @@
 import inspect
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import get_type_hints
@@ -15,9 +19,10 @@ from rich.progress import Progress
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
 from moe_lora_interop.cli import main as cli
-from moe_lora_interop.cli.shell import Json, Quiet
+from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.progress import tracked
 from moe_lora_interop.progress_bar import progress
+from moe_lora_jax.cli import log_lines
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +98,58 @@ def every_update_is_drawn(monkeypatch):
     """And not ten a second."""
     update = Progress.update
     monkeypatch.setattr(Progress, "update", lambda *args, **fields: update(*args, **fields, refresh=True))
+
+
+def in_a_file(flag: str, out: Path, furnished: Path) -> tuple[str, str, list[dict]]:
+    """What `train` prints to stdout and to stderr, which are files, with a warning and evaluations; its records."""
+    words = f"train --model base --data data.jsonl --output-dir {out} --steps 6 --log-every 3 --top-k 1 {flag}"
+    words += " --num-experts 2 --target-modules q_proj --eval-fraction 0.2 --eval-every 3"
+    command = [sys.executable, "-c", "from moe_lora_interop.cli.main import main; main()", *words.split()]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, cwd=furnished, env=environment, capture_output=True, text=True, check=True)
+    records = (out / "training" / "metrics.jsonl").read_text().splitlines()
+    return done.stdout, done.stderr, [json.loads(line) for line in records]
+
+
+WARNING = r"moe-lora train: warning: 1 routers .* cannot learn; use .*"  # in one line, without a place in our source
+
+
+def test_where_nobody_watches_there_is_a_line_for_every_record(tmp_path, furnished):
+    out, err, records = in_a_file("--json", tmp_path, furnished)
+    assert json.loads(out)
+    warned, *lines = err.splitlines()
+    assert re.fullmatch(WARNING, warned)
+    assert [r["step"] for r in records] == [0, 1, 3, 3, 6, 6] and len(lines) == len(records)
+    for line, record in zip(lines, records, strict=True):
+        left = ", 0:00:.. left" if record["step"] == 3 else ""  # nothing is known at first, and left at the end
+        if "eval_loss" in record:
+            said = f"evaluation loss {record['eval_loss']:.4f}"
+        else:
+            said = f"loss {record['lm_loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s{left}"
+        assert re.fullmatch(f"step {record['step']} of 6: {said}", line), line
+
+
+def test_quiet_prints_no_lines_but_the_warning(tmp_path, furnished):
+    out, err, _ = in_a_file("--quiet", tmp_path, furnished)
+    assert out == "" and re.fullmatch(WARNING + r"\n", err)
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first_line(monkeypatch, capfd):
+    now = iter([100.0, 130.0, 4000.0])
+    monkeypatch.setattr(log_lines.time, "monotonic", lambda: next(now))
+    told = log_lines.LogLines(Shell(), total_steps=1000)
+    for step in (1, 11, 1000):
+        told(step, {"lm_loss": 1.0, "tokens_per_second": 12345.6})
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "step 1 of 1000: loss 1.0000, 12,346 tokens/s"
+    assert lines[1] == "step 11 of 1000: loss 1.0000, 12,346 tokens/s, 0:49:27 left"  # 989 steps of 3 seconds
+    assert lines[2] == "step 1000 of 1000: loss 1.0000, 12,346 tokens/s"
+
+
+def test_warnings_are_printed_as_before_when_the_verb_has_ended(furnished):
+    before = warnings.formatwarning
+    assert not cli.main(["layouts", "--quiet"])
+    assert warnings.formatwarning is before
 
 
 @pytest.fixture

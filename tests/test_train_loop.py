@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,7 +146,9 @@ def test_three_steps_and_three_after_resuming_equal_six_exactly(straight, tmp_pa
         stopped = train(tiny_model(**NOISY), DATA, tmp_path, settings(), eval_data=evaluation)
     assert (stopped.step, stopped.is_finished) == (3, False)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert not (tmp_path / "adapter_config.json").exists()
+    if number == signal.SIGINT:  # as runs were left before the adapter was saved with every checkpoint
+        for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "training/starts.jsonl"):
+            (tmp_path / name).unlink()
 
     model = tiny_model(**NOISY)
     resumed = train(model, DATA, tmp_path, settings(resume=True), eval_data=evaluation)
@@ -199,6 +202,112 @@ def test_old_checkpoints_are_removed_and_a_finished_run_can_be_resumed(tmp_path)
     result = train(tiny_model(), DATA, out, settings(resume=True))
     assert result.is_finished and result.losses.keys() == {1, 2, 3, 4, 5, 6}
     assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+def same_adapter(found, expected) -> bool:
+    return all(np.array_equal(found.tensors[slot], tensor) for slot, tensor in expected.tensors.items())
+
+
+def test_with_every_checkpoint_the_adapter_of_its_step_is_saved(tmp_path):
+    """What is on the disk before each step ends, against what `on_eval` was given after earlier ones."""
+    seen, on_disk = {}, {}
+
+    def look(step, model):
+        seen[step] = mlj.to_adapter(model)
+        if (tmp_path / "adapter_config.json").exists():
+            on_disk[step] = moe_lora_interop.read(tmp_path)
+
+    fields = {"checkpoint_every": 2, "eval_every": 1}
+    train(tiny_model(**NOISY), DATA, tmp_path, settings(**fields), eval_data=token_data(3, seed=9), on_eval=look)
+    assert on_disk.keys() == {3, 4, 5, 6}  # the save of step 2 comes after its evaluation
+    for step, adapter in on_disk.items():
+        assert same_adapter(adapter, seen[(step - 1) // 2 * 2]) and not same_adapter(adapter, seen[step])
+    assert same_adapter(moe_lora_interop.read(tmp_path), seen[6])
+
+
+def test_the_best_adapter_is_kept_recorded_and_not_lost_by_a_continuation(tmp_path, monkeypatch):
+    seen, evaluation = {}, token_data(3, seed=9)
+    fields = {"eval_every": 1, "save_best": True, "learning_rate": 0.1, "checkpoint_every": 2, "steps": 8}
+
+    def look(step, model):
+        seen[step] = mlj.to_adapter(model)
+
+    result = train(tiny_model(), DATA, tmp_path, settings(**fields), eval_data=evaluation, on_eval=look)
+    losses = result.eval_losses
+    lowest = min(losses, key=losses.get)
+    assert 0 < lowest < 8, "the test needs a minimum inside the run"
+    assert result.best == (lowest, losses[lowest])
+    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": lowest, "eval_loss": losses[lowest]}
+    assert same_adapter(moe_lora_interop.read(tmp_path / "best"), seen[lowest])
+    assert same_adapter(moe_lora_interop.read(tmp_path), seen[8])  # the folder does not disturb
+    assert evaluate(mlj.load_adapter(tiny_base(), tmp_path / "best"), evaluation) == pytest.approx(losses[lowest])
+    before = (tmp_path / "best" / "adapter_model.safetensors").stat().st_mtime_ns
+    longer = settings(**{**fields, "steps": 9, "resume": True})
+    again = train(tiny_model(), DATA, tmp_path, longer, eval_data=evaluation)
+    assert again.eval_losses[9] > losses[lowest] and again.best == result.best
+    assert (tmp_path / "best" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_needs_something_to_choose_by(tmp_path):
+    with pytest.raises(TrainingError, match="save_best: found without eval_data"):
+        train(tiny_model(), DATA, tmp_path / "out", settings(save_best=True))
+    assert not (tmp_path / "out").exists()
+
+
+def starts(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "training" / "starts.jsonl").read_text().splitlines()]
+
+
+def test_more_steps_extend_a_run_by_the_data_and_the_learning_rate_of_a_longer_one(tmp_path, caplog):
+    fields = {"learning_rate": 1e-9}  # then the losses tell which batches were seen, and in which order
+    train(tiny_model(), DATA, tmp_path / "out", settings(steps=4, **fields))
+    assert not caplog.records
+    result = train(tiny_model(), DATA, tmp_path / "out", settings(steps=9, resume=True, **fields))
+    straight = train(tiny_model(), DATA, tmp_path / "straight", settings(steps=9, **fields))
+    assert result.is_finished and len(set(straight.losses.values())) == 9
+    assert list(result.losses.values()) == pytest.approx(list(straight.losses.values()), rel=1e-6)
+
+    def rate(step, total, warmup=2):  # steps count from 1
+        i = step - 1
+        return 1e-9 * ((i + 1) / warmup if i < warmup else (1 + np.cos(np.pi * (i - warmup) / (total - warmup))) / 2)
+
+    expected = [rate(step, 4 if step <= 4 else 9) for step in range(1, 10)]
+    assert [r["learning_rate"] for r in metrics(tmp_path / "out")] == pytest.approx(expected, rel=1e-5)
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.startswith("extended from 4 to 9 steps, after step 4: the learning rate, ")
+    assert f"{rate(4, 4):.3g} there" in said and f"a run of 9 steps, {rate(5, 9):.3g}" in said
+    assert [(s["step"], s["total_steps"]) for s in starts(tmp_path / "out")] == [(0, 4), (4, 9)]
+    # from now on it is a run of 9 steps
+    assert train(tiny_model(), DATA, tmp_path / "out", settings(steps=9, resume=True, **fields)).is_finished
+    for fewer, problem in (
+        ({"steps": 4}, "settings.steps: found 4, the run has 9, expected that or more"),
+        ({"steps": None, "epochs": 99}, "settings.steps: found None, the run has 9"),
+    ):
+        with pytest.raises(TrainingError, match=problem):
+            train(tiny_model(), DATA, tmp_path / "out", settings(resume=True, **fields, **fewer))
+
+
+def test_an_extended_run_that_is_stopped_continues_to_the_bit(tmp_path, monkeypatch):
+    for name in ("straight", "stopped"):
+        train(tiny_model(**NOISY), DATA, tmp_path / name, settings(steps=2))
+    more = settings(steps=6, resume=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        assert not train(tiny_model(**NOISY), DATA, tmp_path / "stopped", more).is_finished
+    for name in ("straight", "stopped"):
+        assert train(tiny_model(**NOISY), DATA, tmp_path / name, more).is_finished
+    one, two = (tmp_path / name / "adapter_model.safetensors" for name in ("straight", "stopped"))
+    assert one.read_bytes() == two.read_bytes()
+    assert without_times(metrics(tmp_path / "straight")) == without_times(metrics(tmp_path / "stopped"))
+
+
+def test_more_epochs_extend_too_and_a_short_last_batch_is_said(tmp_path, caplog):
+    fields = {"steps": None, "batch_size": 4, "gradient_accumulation": 1}
+    train(tiny_model(), DATA, tmp_path, settings(epochs=1, **fields))
+    result = train(tiny_model(), DATA, tmp_path, settings(epochs=2, resume=True, **fields))
+    assert result.step == 5  # 20 rows in fours
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.endswith("step 3 was 2 examples short, which the next epoch leaves out")  # 10 rows in fours
 
 
 def test_a_run_is_not_overwritten_and_another_one_not_continued(straight):
@@ -265,18 +374,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tally):
     clean = [e for e in token_data(40, seed=3).examples if 7 not in e.ids][:8]
     poisoned = next(e for e in token_data(40, seed=3).examples if 7 in e.ids)
     data = type(DATA)(DATA.file, (*clean, poisoned))
-    before = arrays(model, mlj.MoeLoraParam)
     with pytest.raises(TrainingError) as caught:
-        train(model, data, tmp_path, settings(checkpoint_every=1))
+        train(model, data, tmp_path, settings(checkpoint_every=1))  # after an error, too, the model can be used
     message, step = str(caught.value), int(str(caught.value).split("step ")[1].split(":")[0])
     assert f"step {step}: the loss is nan" in message
     assert str(poisoned.line) in message.split("batch: lines ")[1].split(" of ")[0].split(", ")
     assert "made_up.jsonl" in message
     last = f"{tmp_path}/training/checkpoints/{step - 1}" if step > 1 else "none"
     assert f"last good checkpoint: {last}" in message
-    assert not (tmp_path / "adapter_config.json").exists()
-    for path, value in arrays(model, mlj.MoeLoraParam).items():
-        np.testing.assert_array_equal(value, before[path])
+    assert (tmp_path / "adapter_config.json").exists() == (step > 1)  # the adapter of the last good checkpoint
+    for value in jax.tree.leaves(mlj.to_adapter(model).tensors):
+        assert np.isfinite(value).all()
     tally("runs stopped at a loss that is not finite", tried=1, lost=0)
 
 

@@ -15,6 +15,7 @@ import tyro
 from tiny_training import compiled_once, small_dirs  # noqa: F401
 
 import moe_lora_interop
+from moe_lora_interop.cli import main as cli
 from moe_lora_interop.cli.flags_file import flag_names
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.cli.train import train
@@ -121,6 +122,7 @@ def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
         ({"eval_fraction": 0.1, "eval_file": Path("x")}, "eval_fraction and eval_file: found both"),
         ({"max_length": 1}, "max_length: found 1"),
         ({"steps": 0}, "steps: found 0"),
+        ({"save_best": True}, "save_best: found without evaluation data, expected eval_file or eval_fraction"),
         ({"top_k": 9}, "top_k: found 9, expected at most num_experts = 4"),
     ],
 )
@@ -166,8 +168,25 @@ def test_a_signal_saves_and_the_printed_command_continues(base, data, tmp_path, 
     assert last == shlex.join(["-c", *arguments, "--resume"])
     step = int(printed.split("stopped after step ")[1].split(" ")[0])
     assert (out / "training" / "checkpoints" / str(step)).is_dir()
+    assert cli.main(f"generate --model {base} --adapter {out} --prompt hi --max-new-tokens 2 --quiet".split()) == 0
     assert "%" not in errors and "Traceback" not in errors
     tally(f"runs ended by {number.name}", tried=1, lost=0)
+
+
+def test_the_best_adapter_and_the_commands_are_in_the_output_directory(base, data, tmp_path, capsys):
+    flags = {"eval_fraction": 0.2, "eval_every": 1, "save_best": True, "keep": 1, "checkpoint_every": 1, **SMALL}
+    train_verb(base, data, tmp_path / "out", steps=2, **flags)
+    capsys.readouterr()
+    train_verb(base, data, tmp_path / "out", steps=3, resume=True, **flags)
+    best = json.loads((tmp_path / "out" / "best" / "best.json").read_text())
+    said = f"lowest evaluation loss {best['eval_loss']:.4f}, after step {best['step']}: {tmp_path / 'out' / 'best'}"
+    assert said in capsys.readouterr().out
+    assert moe_lora_interop.read(tmp_path / "out" / "best").config == moe_lora_interop.read(tmp_path / "out").config
+    assert [p.name for p in (tmp_path / "out" / "training" / "checkpoints").iterdir()] == ["3"]
+    lines = (tmp_path / "out" / "training" / "starts.jsonl").read_text().splitlines()
+    starts = [json.loads(line) for line in lines]
+    assert [(s["step"], s["total_steps"]) for s in starts] == [(0, 2), (2, 3)]
+    assert {s["command"] for s in starts} == {shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])}
 
 
 def test_the_made_up_texts_are_distinct_and_repeatable():

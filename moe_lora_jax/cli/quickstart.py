@@ -20,6 +20,7 @@ from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax import demo
 from moe_lora_jax.adapters.apply import apply_moe_lora
+from moe_lora_jax.cli.log_lines import LogLines
 from moe_lora_jax.demo.base_and_data import make_base_and_data
 from moe_lora_jax.measure.router_statistics import router_statistics, topic_information
 from moe_lora_jax.models import CausalLM, generate, load_base_model
@@ -91,8 +92,11 @@ def quickstart(
     )
     pad = pad_id(tokenizer, vocabulary)
     adapter = output_dir / "adapter"
+    lines = LogLines(shell, steps)
     with shell.progress("compiling the step") as bar:
-        result = train(base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad, on_progress=bar)
+        result = train(
+            base, train_data, adapter, settings, eval_data=eval_data, pad_id=pad, on_progress=bar, on_log=lines
+        )
     if not result.is_finished:
         shell.say(f"stopped after step {result.step} of {result.total_steps}")
         shell.give({"step": result.step, "total_steps": result.total_steps})

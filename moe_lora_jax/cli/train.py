@@ -1,8 +1,6 @@
 """`moe-lora train`: fine-tune a mixture-of-LoRA adapter on a Hugging Face model directory."""
 
 import dataclasses
-import os
-import shlex
 import signal
 import sys
 from functools import partial
@@ -20,15 +18,17 @@ from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.adapters.checkpoint import load_adapter
 from moe_lora_jax.adapters.parameter_summary import summary
+from moe_lora_jax.cli.log_lines import LogLines
 from moe_lora_jax.cli.train_flags import AdapterFlags, DataFlags, MachineFlags, SettingsFlags
 from moe_lora_jax.models import load_base_model
 from moe_lora_jax.processes import connect, is_first, once
 from moe_lora_jax.sharding import make_mesh
+from moe_lora_jax.train.best import FOLDER as BEST
 from moe_lora_jax.train.data import read_data, split_data
 from moe_lora_jax.train.end_of_text import write_end_ids
 from moe_lora_jax.train.loop import TrainResult
 from moe_lora_jax.train.loop import train as run
-from moe_lora_jax.train.run_dir import check_free
+from moe_lora_jax.train.run_dir import check_free, command
 from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id, save_tokenizer
 
 CONFIG_NAME = "train.yaml"
@@ -54,7 +54,8 @@ def train(
     OUTPUT_DIR gets the adapter (adapter_config.json, adapter_model.safetensors), a folder `training` with metrics and
     checkpoints, and train.yaml: `--config OUTPUT_DIR/train.yaml --output-dir ANOTHER` does the same again, on one
     machine to the bit. SIGTERM (exit code 0) or Ctrl-C (130) saves a checkpoint; --resume continues from it as if
-    nothing had happened.
+    nothing had happened, and with more --steps or --epochs goes on beyond the end. The adapter in OUTPUT_DIR is that of
+    the newest checkpoint, also while the run goes on.
 
     Args:
         model: Hugging Face model directory (config.json, safetensors, tokenizer).
@@ -67,7 +68,10 @@ def train(
         problem = "config: read by the command line only, expected the values themselves"
         raise ConfigError("invalid arguments", [problem])
     checked = settings.checked()
-    if problems := examples.problems() + machine.problems():
+    problems = examples.problems() + machine.problems()
+    if checked.save_best and examples.eval_file is None and not examples.eval_fraction:
+        problems.append("save_best: found without evaluation data, expected eval_file or eval_fraction")
+    if problems:
         raise ConfigError("invalid arguments", problems)
     fields = adapter.fields()
     fresh = MoeLoraConfig.from_dict(fields) if adapter.init_adapter is None else None
@@ -111,10 +115,12 @@ def train(
     if is_first():
         write_end_ids(output_dir, base, tokenizer)
     pad = pad_id(tokenizer, vocabulary)
+    lines = LogLines(shell, checked.total_steps(len(train_data.examples)))
     with shell.progress("compiling the step") as bar:
-        result = run(base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar)
-    if result.is_finished:
-        once(lambda: save_tokenizer(tokenizer, output_dir))
+        result = run(
+            base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar, on_log=lines
+        )
+    once(lambda: save_tokenizer(tokenizer, output_dir))
     return _tell(result, shell)
 
 
@@ -127,13 +133,15 @@ def _tell(result: TrainResult, shell: Shell) -> int | None:
             "total_steps": result.total_steps,
             "losses": result.losses,
             "eval_losses": result.eval_losses,
+            "best": result.best and result.best._asdict(),
             "stopped_by": result.stopped_by and result.stopped_by.name,
             "to_continue": None if result.is_finished else _resume_command(),
         }
     )
     if not result.is_finished:
         if not shell.json and is_first():
-            print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved. To continue:")
+            print(f"stopped after step {result.step} of {result.total_steps}; the checkpoint is saved.")
+            print(f"The adapter of this step is in {result.output_dir}. To continue:")
             print(f"  {_resume_command()}")
         return 0 if result.stopped_by == signal.SIGTERM else 130  # a preempted job has ended in order
     if losses := result.losses:
@@ -141,12 +149,12 @@ def _tell(result: TrainResult, shell: Shell) -> int | None:
         shell.say(f"training loss {losses[first]:.4f} (step {first}) -> {losses[last]:.4f} (step {last})")
     if losses := result.eval_losses:
         shell.say(f"evaluation loss {losses[min(losses)]:.4f} -> {losses[max(losses)]:.4f}")
+    if best := result.best:
+        shell.say(f"lowest evaluation loss {best.eval_loss:.4f}, after step {best.step}: {result.output_dir / BEST}")
     shell.say(f"adapter saved in {result.output_dir}")
     return None
 
 
 def _resume_command() -> str:
     """The command that was given, with --resume."""
-    program = os.path.basename(sys.argv[0])
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    return shlex.join([program, *arguments, "--resume"])
+    return command() if "--resume" in sys.argv else f"{command()} --resume"

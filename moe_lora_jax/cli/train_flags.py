@@ -93,6 +93,7 @@ class SettingsFlags(TrainSettings):
     """
 
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = TrainSettings.learning_rate
+    keep_checkpoints: Annotated[int, tyro.conf.arg(aliases=("--keep",))] = TrainSettings.keep_checkpoints
 
     def __post_init__(self) -> None:
         pass  # tyro would put the problems into words of its own

@@ -1,6 +1,7 @@
 """The training loop: batches through the step, metrics, evaluation, checkpoints, and an orderly end."""
 
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -25,19 +26,25 @@ from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.processes import largest
 from moe_lora_jax.sharding import mesh_of, put_rows
 from moe_lora_jax.train.batches import HostBatch, TrainBatches
+from moe_lora_jax.train.best import FOLDER as BEST
+from moe_lora_jax.train.best import Best, BestAdapter
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.evaluation import mean_loss
+from moe_lora_jax.train.extension import extension
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary
 from moe_lora_jax.train.refusals import trainable_config
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.setup import set_up
-from moe_lora_jax.train.step import StepMetrics, TrainState, merge_back
+from moe_lora_jax.train.step import StepMetrics, merge_back
 from moe_lora_jax.train.stop_signals import stop_signals
 
+logger = logging.getLogger(__name__)
+
 OnStep = Callable[[int, int, str], Any]
+OnLog = Callable[[int, Mapping[str, Any]], Any]
 STEPS = (
     "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
     "a smaller max_length: activations grow with batch_size and with the longest example",
@@ -56,6 +63,7 @@ class TrainResult:
     losses: {step: next-token loss} as logged, nats per token.
     eval_losses: {step: the same on the evaluation data}; step 0 is before training.
     stopped_by: the signal that ended it early, SIGTERM or SIGINT.
+    best: with `save_best`, which adapter is in the folder `best`.
     """
 
     output_dir: Path
@@ -64,10 +72,11 @@ class TrainResult:
     losses: Mapping[int, float]
     eval_losses: Mapping[int, float]
     stopped_by: signal.Signals | None = None
+    best: Best | None = None
 
     @property
     def is_finished(self) -> bool:
-        """False: stopped by a signal; a checkpoint is saved, the adapter is not."""
+        """False: stopped by a signal; a checkpoint is saved, and the adapter as it was then."""
         return self.step >= self.total_steps
 
 
@@ -81,11 +90,14 @@ def train(
     on_eval: Callable[[int, nnx.Module], Any] | None = None,
     pad_id: int = 0,
     on_progress: OnStep = no_progress,
+    on_log: OnLog | None = None,
 ) -> TrainResult:
     """Trains the adapter of `model` and writes it to `output_dir`; the model then carries it, in eval mode.
 
     A run is a function of the model, the data and the settings. SIGTERM or Ctrl-C saves a checkpoint and returns; the
-    same call with `resume` then gives the very bits that the uninterrupted run would have given.
+    same call with `resume` then gives the very bits that the uninterrupted run would have given. With every checkpoint
+    the adapter is saved, too: a run that was stopped, or is going on, can be loaded from `output_dir`. After an error
+    the model carries the adapter that was saved last, if any.
 
     Args:
         model: with an adapter (`apply_moe_lora` or `load_adapter`).
@@ -96,17 +108,22 @@ def train(
         on_eval: called after every evaluation with the step and the model, which carries the adapter of that step.
         pad_id: the token that padding is made of; it is masked.
         on_progress: called after every step with its number, how many there are, and a line on how it goes.
+        on_log: called with the step and {name: value} for each line of metrics.jsonl: every `log_every` steps with the
+            losses, the speed and the routers' state, and after every evaluation with eval_loss.
 
     Raises:
         TrainingError: no adapter, nothing selected to train, the directory is taken, the checkpoint does not fit, or
-            the loss is no longer finite (with the step, the lines of its batch and the last good checkpoint).
+            the loss is no longer finite (with the step, the lines of its batch and the last good checkpoint);
+            `save_best` without `eval_data`.
         DataError: token ids that the model has no row for.
     """
     config = trainable_config(model)
+    if settings.save_best and eval_data is None:
+        raise TrainingError("nothing to choose by", ["save_best: found without eval_data, expected both"])
     for part in (data, eval_data):
         if part is not None:
             check_vocabulary(part, model)
-    loop = _Loop(model, config, data, settings, eval_data, on_eval, pad_id)
+    loop = _Loop(model, config, data, settings, eval_data, on_eval, on_log, pad_id)
     warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
     identity = {
         "settings": settings.fixed(),
@@ -118,7 +135,10 @@ def train(
     with contextlib.ExitStack() as stack:
         if settings.matmul_precision is not None:
             stack.enter_context(jax.default_matmul_precision(settings.matmul_precision))
-        directory = RunDirectory(output_dir, identity, resume=settings.resume, tensorboard=settings.tensorboard)
+        growing = ["settings.epochs" if settings.steps is None else "settings.steps"]
+        directory = RunDirectory(
+            output_dir, identity, resume=settings.resume, growing=growing, tensorboard=settings.tensorboard
+        )
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
@@ -129,12 +149,9 @@ def train(
         while loop.step < loop.total_steps and not (stopped := largest(stop.number or 0)):
             loop.advance(on_progress)
         loop.save()
-        merge_back(model, loop.state, loop.frozen)
         by = signal.Signals(stopped) if stopped else None
-        result = TrainResult(Path(output_dir), loop.step, loop.total_steps, loop.losses, loop.eval_losses, by)
-        if result.is_finished:
-            save_pretrained(model, output_dir)
-        return result
+        best = loop.kept.best if loop.kept is not None else None
+        return TrainResult(run.output_dir, loop.step, loop.total_steps, loop.losses, loop.eval_losses, by, best)
 
 
 class _Loop:
@@ -148,10 +165,11 @@ class _Loop:
         settings: TrainSettings,
         eval_data: TokenData | None,
         on_eval: Callable[[int, nnx.Module], Any] | None,
+        on_log: OnLog | None,
         pad_id: int,
     ):
         self.model, self.data, self.settings = model, data, settings
-        self.eval_data, self.on_eval, self.pad_id = eval_data, on_eval, pad_id
+        self.eval_data, self.on_eval, self.on_log, self.pad_id = eval_data, on_eval, on_log, pad_id
         self.total_steps = settings.total_steps(len(data.examples))
         self.schedule, self.state, self.frozen, self.train_step = set_up(model, config, settings, self.total_steps)
         self.evaluated = nnx.graphdef(model)
@@ -165,6 +183,8 @@ class _Loop:
             pad_id=pad_id,
         )
         self.step = 0
+        self.saved: int | None = None
+        self.kept: BestAdapter | None = None
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
         self.watch = CollapseWatch(config)
@@ -181,6 +201,12 @@ class _Loop:
             self.step, self.state = snapshot.step, state
             self.frozen = self.frozen._replace(adapter=adapter)
             self.batches.restore(snapshot.position)
+        if run.grown:
+            before = {name.rpartition(".")[2]: number for name, number in run.grown.items()}
+            logger.warning(extension(self.settings, before, len(self.data.examples), self.step))
+        run.note_start(self.step, self.total_steps)
+        if self.settings.save_best:
+            self.kept = BestAdapter(run.output_dir / BEST)
         for record in run.open_metrics(self.step):
             for key, losses in (("lm_loss", self.losses), ("eval_loss", self.eval_losses)):
                 if key in record:
@@ -202,7 +228,7 @@ class _Loop:
         show(self.step, self.total_steps, text)
         settings, last = self.settings, self.step == self.total_steps
         if self.step % settings.log_every == 0 or last or not self.losses:
-            self._log(metrics)
+            self._log_step(metrics)
         if self.eval_data is not None and (last or _due(self.step, settings.eval_every)):
             self.evaluate()
         if _due(self.step, settings.checkpoint_every):
@@ -215,27 +241,45 @@ class _Loop:
         size, pad_id = self.settings.batch_size, self.pad_id
         loss, tokens = mean_loss(self.evaluated, states, self.eval_data, batch_size=size, pad_id=pad_id)
         self.eval_losses[self.step] = loss
-        self.run.log({"step": self.step, "eval_loss": loss, "eval_tokens": tokens})
+        self._log({"eval_loss": loss, "eval_tokens": tokens})
+        is_best = self.kept is not None and self.kept.is_better(loss)
+        if is_best or self.on_eval is not None:
+            self._fill_model()
+        if self.kept is not None and is_best:
+            self.kept.save(self.model, Best(self.step, loss))
         if self.on_eval is not None:
-            copied = jax.tree.map(jnp.copy, (self.state.trainable, self.state.rng))  # the next step donates these
-            merge_back(self.model, TrainState(copied[0], self.state.opt_state, copied[1]), self.frozen)
             self.on_eval(self.step, self.model)
 
     def save(self) -> None:
+        """A checkpoint, and the adapter for everybody who loads it."""
+        if self.saved == self.step:
+            return
         self.checkpoints.save(self._snapshot())
+        self._fill_model()
+        save_pretrained(self.model, self.run.output_dir)
+        self.saved = self.step
+
+    def _fill_model(self) -> None:
+        """The model then carries the adapter of this step."""
+        trainable, rng = jax.tree.map(jnp.copy, (self.state.trainable, self.state.rng))  # the next step donates these
+        merge_back(self.model, self.state._replace(trainable=trainable, rng=rng), self.frozen)
 
     def _snapshot(self) -> Snapshot:
         """Layer by layer, whether the layers run as a scan or not."""
         state, adapter = unstack_layers((self.state, self.frozen.adapter))
         return Snapshot(self.step, state, adapter, self.batches.state())
 
-    def _log(self, metrics: StepMetrics) -> None:
+    def _log(self, metrics: Mapping[str, Any]) -> None:
+        self.run.log({"step": self.step, **metrics})
+        if self.on_log is not None:
+            self.on_log(self.step, metrics)
+
+    def _log_step(self, metrics: StepMetrics) -> None:
         health = module_health(self.window.router)
         self.watch.check(self.step, health)
         self.losses[self.step] = float(metrics.lm_loss)
-        self.run.log(
+        self._log(
             {
-                "step": self.step,
                 "loss": float(metrics.loss),
                 "lm_loss": float(metrics.lm_loss),
                 "load_balancing_loss": float(metrics.load_balancing_loss),

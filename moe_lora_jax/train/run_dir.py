@@ -1,7 +1,9 @@
 """The `training` folder of an output directory: a lock, what the run is, its metrics and its checkpoints.
 
-OUT/adapter_config.json, adapter_model.safetensors, README.md      the result, written at the end
+OUT/adapter_config.json, adapter_model.safetensors, README.md      the adapter of the newest checkpoint
+OUT/best/                        the one with the lowest evaluation loss, if asked for
 OUT/training/run.json            settings, adapter config and data, which a continuation must share
+OUT/training/starts.jsonl        one line per start and continuation: after which step, up to which, by what command
 OUT/training/metrics.jsonl       one line per logged step
 OUT/training/tensorboard/        the same numbers for TensorBoard, if asked for
 OUT/training/checkpoints/STEP/   orbax: adapter, optimizer, rng, position in the data
@@ -10,8 +12,10 @@ OUT/training/checkpoints/STEP/   orbax: adapter, optimizer, rng, position in the
 import fcntl
 import json
 import os
+import shlex
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -23,7 +27,7 @@ from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
 
-FOLDER, RUN, METRICS = "training", "run.json", "metrics.jsonl"
+FOLDER, RUN, METRICS, STARTS = "training", "run.json", "metrics.jsonl", "starts.jsonl"
 
 
 class RunDirectory:
@@ -34,6 +38,7 @@ class RunDirectory:
     Args:
         output_dir: created if missing.
         identity: JSON values that say what the run is; those of a continuation must be equal.
+        growing: paths in the identity (`a.b`) of numbers that a continuation may have larger.
         resume: continue the run that is there.
         tensorboard: also write the metrics as TensorBoard events.
 
@@ -48,11 +53,13 @@ class RunDirectory:
         identity: Mapping[str, Any],
         *,
         resume: bool,
+        growing: Collection[str] = (),
         tensorboard: bool = False,
     ):
         self.output_dir = Path(output_dir)
         self.identity = json.loads(json.dumps(identity))
-        self.resume, self.tensorboard = resume, tensorboard
+        self.resume, self.growing, self.tensorboard = resume, growing, tensorboard
+        self.grown: dict[str, int] = {}
         self.folder = self.output_dir / FOLDER
         self.checkpoints = self.folder / "checkpoints"
         self._lock: IO[str] | None = None
@@ -60,10 +67,10 @@ class RunDirectory:
         self._events: Events | None = None
 
     def __enter__(self) -> Self:
-        once(self._open)
+        self.grown = once(self._open)
         return self
 
-    def _open(self) -> None:
+    def _open(self) -> dict[str, int]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / "lock").open("a+")
@@ -71,7 +78,7 @@ class RunDirectory:
             raise TrainingError("cannot write the output", [f"{self.folder}: {error.strerror}"]) from error
         try:
             self._take_lock()
-            self._check_identity()
+            return self._check_identity()
         except BaseException:
             self.__exit__()
             raise
@@ -93,6 +100,17 @@ class RunDirectory:
         if self.tensorboard:
             self._events = Events(self.folder / "tensorboard", kept)
         return kept
+
+    def note_start(self, step: int, total_steps: int) -> None:
+        """Writes down that the run goes on after `step` up to `total_steps`, which from now on it has."""
+        once(lambda: self._note_start(step, total_steps))
+
+    def _note_start(self, step: int, total_steps: int) -> None:
+        if self.grown:
+            self._write_identity()
+        line = json.dumps({"step": step, "total_steps": total_steps, "command": command()})
+        with (self.folder / STARTS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl, at once."""
@@ -117,20 +135,36 @@ class RunDirectory:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
 
-    def _check_identity(self) -> None:
+    def _check_identity(self) -> dict[str, int]:
+        """{path in the identity: what it was} of the numbers that have grown."""
         path = self.folder / RUN
         check_free(self.output_dir, resume=self.resume)
         if not path.exists():
-            replace_file(path, (json.dumps(self.identity, indent=2) + "\n").encode())
-            return
+            self._write_identity()
+            return {}
         try:
             stored = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise TrainingError("cannot resume", [f"{path}: {error}"]) from error
-        problems = list(_differences(stored, self.identity))
+        problems, grown = [], {}
+        for name, found, before in _differences(stored, self.identity):
+            if name in self.growing and isinstance(found, int) and isinstance(before, int) and found > before:
+                grown[name] = before
+            else:
+                more = ", expected that or more" if name in self.growing else ""
+                problems.append(f"{name}: found {found!r}, the run has {before!r}{more}")
         if problems:
             problems.append("use the settings of the run, or start a new one with init_adapter")
             raise TrainingError("not the same run, so it cannot be continued bit for bit", problems)
+        return grown
+
+    def _write_identity(self) -> None:
+        replace_file(self.folder / RUN, (json.dumps(self.identity, indent=2) + "\n").encode())
+
+
+def command() -> str:
+    """The command line of this process, its program without the folder."""
+    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def check_free(output_dir: Path, *, resume: bool) -> None:
@@ -160,12 +194,13 @@ def base_fingerprint(base: nnx.State) -> str:
     return f"{sum(leaf.size for leaf in leaves)} parameters, crc32 {total:08x}"
 
 
-def _differences(stored: Any, found: Any, path: str = "") -> Iterator[str]:
+def _differences(stored: Any, found: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, found, stored) of every value that differs."""
     if isinstance(stored, dict) and isinstance(found, dict):
         for key in sorted(stored.keys() | found.keys()):
             yield from _differences(stored.get(key), found.get(key), f"{path}.{key}" if path else key)
     elif stored != found:
-        yield f"{path}: found {found!r}, the run has {stored!r}"
+        yield path, found, stored
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from moe_lora_jax.adapters.filters import Part
 
 Precision = Literal["default", "high", "highest"]
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
-FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "resume")
+FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "tensorboard", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,15 @@ class TrainSettings:
             "default". Routers always compute in float32.
         seed: of the data order (the model's dropout streams have their own, in its rngs).
         eval_every: steps between evaluations; None evaluates before the first step and after the last only.
-        checkpoint_every: steps between checkpoints; None writes one at the end only (and on SIGTERM or Ctrl-C).
+        checkpoint_every: steps between checkpoints, and between saves of the adapter; None writes both at the end only
+            (and on SIGTERM or Ctrl-C).
         keep_checkpoints: how many; older ones are removed.
+        save_best: after an evaluation with the lowest loss so far, also save the adapter into the folder `best`.
         log_every: steps between lines of metrics.jsonl.
         tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
-        resume: continue the run in the output directory, with the same settings and data: bit-identical.
+        resume: continue the run in the output directory, with the same settings and data: bit-identical. With more
+            steps or epochs it goes on beyond its end: from there on the learning rate is that of a run of the new
+            length, so it rises first.
 
     Raises:
         ConfigError: with one entry per wrong field.
@@ -56,6 +60,7 @@ class TrainSettings:
     eval_every: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    save_best: bool = False
     log_every: int = 10
     tensorboard: bool = False
     resume: bool = False

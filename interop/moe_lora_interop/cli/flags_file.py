@@ -40,9 +40,11 @@ def flags(verb: Verb, file: Path) -> list[str]:
     if not isinstance(values, dict):
         problem = f"{file}: found {type(values).__name__}, expected a mapping"
         raise ConfigError("cannot read the configuration", [problem])
-    known = [name for name in flag_names(verb) if name != "config"]
+    known = [name for name in flag_names(verb) if name != "config"] + list(_short_names(verb))
     problems = [f"{name}: unknown, {expected(str(name), known)}" for name in values if name not in known]
     problems += [f"{k}: found a mapping, expected a value or a list" for k, v in values.items() if isinstance(v, dict)]
+    twice = [(short, name) for short, name in _short_names(verb).items() if {short, name} <= values.keys()]
+    problems += [f"{short}: found beside {name}, expected one of the two" for short, name in twice]
     if problems:
         raise ConfigError(f"{file} does not fit this verb", problems)
     return [flag for name, value in values.items() for flag in _flag(name.replace("_", "-"), value)]
@@ -64,6 +66,19 @@ def flag_names(verb: Verb) -> list[str]:
         hint = hints.get(name)
         names += [f.name for f in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else [name]
     return names
+
+
+def _short_names(verb: Verb) -> dict[str, str]:
+    """{another name of a flag of a group: the flag}, from the flags' annotations."""
+    hints = get_type_hints(verb)
+    groups = [hint for hint in hints.values() if dataclasses.is_dataclass(hint)]
+    return {
+        alias.removeprefix("--").replace("-", "_"): name
+        for group in groups
+        for name, hint in get_type_hints(group, include_extras=True).items()
+        for note in getattr(hint, "__metadata__", ())
+        for alias in getattr(note, "aliases", None) or ()
+    }
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -4,13 +4,15 @@ A verb is a function with typed arguments and a docstring. It is imported only w
 inspect` needs neither jax nor torch.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 
 from moe_lora_interop.cli.flags_file import with_file
-from moe_lora_interop.errors import CheckpointError, ConfigError, expected
+from moe_lora_interop.errors import CheckpointError, ConfigError, expected, printable
 from moe_lora_interop.memory import NEXT_STEPS, explanation, is_out_of_memory
 
 GROUP = "moe_lora.verbs"
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     try:
-        code = tyro.cli(verb, prog=f"moe-lora {args[0]}", args=with_file(verb, args[1:])) or 0
+        with contextlib.nullcontext() if args[0] == "run" else _plain_warnings(args[0]):  # a script's are its own
+            code = tyro.cli(verb, prog=f"moe-lora {args[0]}", args=with_file(verb, args[1:])) or 0
         sys.stdout.flush()
         return code
     except (CheckpointError, ConfigError) as error:
@@ -81,6 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing is left half-written; the same command starts again", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _plain_warnings(verb: str) -> Iterator[None]:
+    """Warnings are printed as errors are: what they say, without the line of our source that they come from."""
+
+    def plain(message: Warning | str, *_: object, **__: object) -> str:
+        return f"moe-lora {verb}: warning: {printable(str(message))}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _say_missing(point: EntryPoint, error: ModuleNotFoundError) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from typing import Annotated, Any
 
 import tyro
@@ -30,7 +31,12 @@ class Shell:
     def say(self, line: str) -> None:
         """A remark: beside the result, or the only word where the result is files."""
         if not self.remarks.quiet:
-            print(printable(line))
+            print(printable(line), flush=True)  # a file is written in blocks, and read while the work goes on
+
+    def log(self, line: str) -> None:
+        """Progress where nobody watches: a line on stderr, unless that is a terminal, which shows a bar."""
+        if not self.terminal.quiet and not self.terminal.is_terminal:
+            print(printable(line), file=sys.stderr, flush=True)
 
     def give(self, result: Any) -> None:
         """The result, if --json wants it."""
