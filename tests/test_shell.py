@@ -50,6 +50,11 @@ COMMANDS = {
         "",
         ["starting JAX", "reading the model and the data", "compiling the step", "training: loss", "2/2"],
     ),
+    "plan": (
+        "plan --config base --topology v5e:1x1 --seq 16 --batch 1 --num-experts 2 --target-modules q_proj",
+        "fits",
+        ["compiling for v5e:1x1"],
+    ),
     "generate": (
         "generate --model base --adapter trained --prompt hi --max-new-tokens 3",
         "\n",
