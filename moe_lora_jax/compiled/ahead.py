@@ -1,10 +1,13 @@
 """Compiling a lowered program for devices that are not there, and what its compiler then knows of it."""
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from moe_lora_jax.compiled.cycles import Cycles, estimated_cycles
 from moe_lora_jax.compiled.hlo import read_hlo
@@ -33,7 +36,7 @@ def compile_ahead(lowered: jax.stages.Lowered) -> Ahead:
     Raises:
         jax.errors.JaxRuntimeError: it cannot be compiled, for another reason than that the memory does not suffice.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_cache():
         code, cycles, refusal = 0, None, None
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -48,3 +51,16 @@ def compile_ahead(lowered: jax.stages.Lowered) -> Ahead:
         (assignment,) = Path(folder).glob("*after_optimizations-buffer-assignment.txt")
         (program,) = Path(folder).glob("*after_optimizations.txt")
         return Ahead(read_memory(assignment.read_text(), read_hlo(program.read_text())), code, cycles, refusal)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """JAX's persistent cache cannot load a program for devices that are not there, and a cached one dumps nothing."""
+    before = jax.config.read("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
