@@ -21,8 +21,8 @@ from moe_lora_jax.cli.train_flags import AdapterFlags, ProgramFlags
 from moe_lora_jax.compiled import Buffer, topology
 from moe_lora_jax.models import abstract_base_model
 from moe_lora_jax.sharding import make_mesh
-from moe_lora_jax.train.plan import Plan, lora_of
-from moe_lora_jax.train.plan import plan as run
+from moe_lora_jax.train.planning import Plan, lora_of
+from moe_lora_jax.train.planning import plan as run
 from moe_lora_jax.train.settings import TrainSettings
 
 _ARGUMENTS = {

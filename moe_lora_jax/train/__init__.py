@@ -8,7 +8,7 @@ from moe_lora_jax.train.evaluation import evaluate
 from moe_lora_jax.train.loop import TrainResult, train
 from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
-from moe_lora_jax.train.plan import Plan, lora_of, plan
+from moe_lora_jax.train.planning import Plan, lora_of, plan
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import Batch, make_train_step, merge_back, split_model
 from moe_lora_jax.train.tokenizer import load_tokenizer
