@@ -3,13 +3,15 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.filters import Part
 
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
-FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "tensorboard", "resume")
+FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "report_to", "resume")
+
+Reporter = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class TrainSettings:
         keep_checkpoints: how many; older ones are removed.
         save_best: after an evaluation with the lowest loss so far, also save the adapter into the folder `best`.
         log_every: steps between lines of metrics.jsonl.
-        tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
+        report_to: who gets the metrics too, with the settings and the command: tensorboard (events in
+            training/tensorboard), wandb (extra `wandb`; W&B's environment variables hold).
         resume: continue the run in the output directory, with the same settings and data: bit-identical. With more
             steps or epochs it goes on beyond its end: from there on the learning rate is that of a run of the new
             length, so it rises first.
@@ -57,7 +60,7 @@ class TrainSettings:
     keep_checkpoints: int = 2
     save_best: bool = False
     log_every: int = 10
-    tensorboard: bool = False
+    report_to: tuple[Reporter, ...] = ()
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +83,9 @@ class TrainSettings:
                 problems.append(f"{name}: found {value!r}, expected {expected}")
         if self.train_only not in get_args(Part):
             problems.append(f"train_only: found {self.train_only!r}, expected one of {', '.join(get_args(Part))}")
+        if isinstance(self.report_to, str) or set(self.report_to) - set(get_args(Reporter)):
+            names = ", ".join(get_args(Reporter))
+            problems.append(f"report_to: found {self.report_to!r}, expected a list of some of {names}")
         if problems:
             raise ConfigError("invalid training settings", problems)
 
