@@ -1,17 +1,26 @@
 """`moe-lora train --config FILE`, and TensorBoard events: the same run again, and the same numbers elsewhere."""
 
+import importlib.util
 import json
+import os
+import shlex
 import struct
+import subprocess
+import sys
+from types import ModuleType
 
 import pytest
 import yaml
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from tiny_training import compiled_once, small_dirs, tiny_model, token_data  # noqa: F401
 
 from moe_lora_interop.cli import main as cli
 from moe_lora_interop.cli.flags_file import flags
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.cli.train import train
+from moe_lora_jax.cli.train_flags import SettingsFlags
+from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.loop import train as run
 from moe_lora_jax.train.settings import TrainSettings
 
@@ -96,17 +105,26 @@ def test_a_call_in_python_takes_no_file(tmp_path):
         train(tmp_path, tmp_path, tmp_path, config=tmp_path / "train.yaml")
 
 
-def events(folder) -> dict[str, list[tuple[int, float]]]:
-    """{tag: [(step, value)]} of every event file: records of length, checksum, event, checksum."""
-    found: dict[str, list[tuple[int, float]]] = {}
+ABOUT = ("_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info", "command/text_summary")
+
+
+def summaries(folder):
+    """(step, value) of every event file: records of length, checksum, event, checksum."""
     for file in folder.iterdir():
         data, at = file.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12 : at + 12 + length])
             at += 16 + length
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            yield from ((event.step, value) for value in event.summary.value)
+
+
+def events(folder) -> dict[str, list[tuple[int, float]]]:
+    """{tag: [(step, value)]} of the numbers."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for step, value in summaries(folder):
+        if value.tag not in ABOUT:
+            found.setdefault(value.tag, []).append((step, value.simple_value))
     return found
 
 
@@ -123,7 +141,7 @@ def from_records(out) -> dict[str, list[tuple[int, float]]]:
 def test_events_say_what_the_records_say_and_resuming_repeats_no_step(tmp_path, monkeypatch):
     from moe_lora_jax.train import loop
 
-    settings = TrainSettings(steps=6, batch_size=2, log_every=1, checkpoint_every=2, tensorboard=True)
+    settings = TrainSettings(steps=6, batch_size=2, log_every=1, checkpoint_every=2, report_to=("tensorboard",))
     advance = loop._Loop.advance
 
     def advance_or_crash(self, show):
@@ -146,3 +164,124 @@ def test_events_say_what_the_records_say_and_resuming_repeats_no_step(tmp_path, 
 
 def test_no_events_unless_asked_for(first):
     assert not (first / "training" / "tensorboard").exists()
+
+
+def test_events_hold_the_hyperparameters_and_the_command(tmp_path):
+    settings = TrainSettings(steps=1, batch_size=2, learning_rate=0.5, report_to=("tensorboard",))
+    run(tiny_model(), token_data(6), tmp_path, settings)
+    told = {value.tag: value for _, value in summaries(tmp_path / "training" / "tensorboard") if value.tag in ABOUT}
+    (command,) = told["command/text_summary"].tensor.string_val
+    assert command.decode() == shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    data = HParamsPluginData.FromString(told["_hparams_/session_start_info"].metadata.plugin_data.content)
+    shown = data.session_start_info.hparams
+    assert shown["settings.learning_rate"].number_value == 0.5 and shown["adapter.num_experts"].number_value == 3
+    assert shown["settings.train_only"].string_value == "all" and shown["command"].string_value == command.decode()
+
+
+class Wandb(ModuleType):
+    """What of the package wandb is used, noting what it is told. The real one: the test after these."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.inits, self.logs, self.ends = [], [], []
+
+    def init(self, **fields):
+        self.inits.append(fields)
+        return self
+
+    def log(self, values, step):
+        self.logs.append((step, values))
+
+    def finish(self, exit_code):
+        self.ends.append(exit_code)
+
+
+def test_wandb_is_told_what_the_records_say_and_a_continuation_is_the_same_run(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    fields = {"batch_size": 2, "log_every": 1, "report_to": ("wandb",)}
+    run(tiny_model(), token_data(6), tmp_path, TrainSettings(steps=2, **fields), eval_data=token_data(3, seed=9))
+    run(tiny_model(), token_data(6), tmp_path, TrainSettings(steps=3, resume=True, **fields),
+        eval_data=token_data(3, seed=9))  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert [(step, {"step": step, **values}) for step, values in wandb.logs] == [
+        (r["step"], {name: value for name, value in r.items() if name != "router"}) for r in records
+    ]  # and nothing twice
+    assert wandb.ends == [0, 0]
+    one, two = wandb.inits
+    assert one["id"] == two["id"] == (tmp_path / "training" / "wandb" / "id").read_text()
+    assert (one["project"], one["name"], one["dir"]) == ("moe-lora", tmp_path.name, str(tmp_path / "training"))
+    assert [fields["config"]["settings"]["steps"] for fields in wandb.inits] == [2, 3]
+    assert one["config"]["adapter"]["num_experts"] == 3
+    assert one["config"]["command"] == shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def test_wandb_taken_up_later_gets_the_whole_curve_and_a_failure_is_told(tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tiny_model(), token_data(6), tmp_path, TrainSettings(steps=2, batch_size=2, log_every=1))
+    assert not wandb.inits  # it is imported and called only where it is asked for
+    later = TrainSettings(steps=4, batch_size=2, log_every=1, resume=True, report_to=("wandb",))
+    with pytest.raises(ZeroDivisionError):
+        run(tiny_model(), token_data(6), tmp_path, later, on_log=lambda step, _: 1 / (3 - step))
+    assert [step for step, _ in wandb.logs] == [1, 2, 3] and wandb.ends == [1]
+
+
+def test_wandb_missing_or_refusing_is_an_error_in_words(tmp_path, monkeypatch):
+    settings = TrainSettings(steps=1, batch_size=2, report_to=("wandb",))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it then fails
+    with pytest.raises(TrainingError, match=r"pip install 'moe-lora-jax\[wandb\]'"):
+        run(tiny_model(), token_data(6), tmp_path / "missing", settings)
+    wandb = Wandb()
+
+    def refuse(**_):
+        raise wandb.Error("no API key")
+
+    wandb.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(TrainingError, match="cannot report to Weights & Biases.*\n.*no API key"):
+        run(tiny_model(), token_data(6), tmp_path / "refused", settings)
+
+
+def test_wandb_itself_offline(small_dirs, tmp_path):  # noqa: F811
+    """The file that `wandb sync` would send, in a process of its own."""
+    if importlib.util.find_spec("wandb") is None:
+        pytest.skip("needs the extra wandb (pip install 'moe-lora-jax[wandb]')")
+    out = tmp_path / "out"
+    line = f"train --model {small_dirs['base']} --data {small_dirs['data']} --output-dir {out} --steps 2 --batch-size 2"
+    line += " --max-length 100 --num-experts 3 --target-modules q_proj --log-every 1 --report-to wandb tensorboard"
+    command = [sys.executable, "-c", "from moe_lora_interop.cli.main import main; main()", *line.split()]
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = {**os.environ, "PYTHONPATH": path, "WANDB_MODE": "offline"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    (file,) = (out / "training" / "wandb").glob("offline-run-*/*.wandb")
+    sent = file.read_bytes()
+    records = [json.loads(text) for text in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2 and all(str(record["lm_loss"]).encode() in sent for record in records)
+    for words in (shlex.join(["-c", *line.split()]), '"num_experts":3', '"steps":2'):
+        assert words.encode() in sent
+
+
+def test_who_is_reported_to(tmp_path):
+    assert SettingsFlags(tensorboard=True).checked().report_to == ("tensorboard",)  # as train.yaml said it before
+    assert SettingsFlags(tensorboard=True, report_to=("wandb",)).checked().report_to == ("tensorboard", "wandb")
+    for wrong in ("wandb", ("mlflow",)):
+        with pytest.raises(ConfigError, match="report_to: found .*, expected a list of some of tensorboard, wandb"):
+            TrainSettings(report_to=wrong)
+
+
+def test_on_log_is_told_every_record_when_it_is_written(tmp_path):
+    told = []
+
+    def listen(step, metrics):
+        last = (tmp_path / "training" / "metrics.jsonl").read_text().splitlines()[-1]
+        assert json.loads(last) == {"step": step, **metrics}
+        told.append((step, "eval_loss" in metrics))
+
+    settings = TrainSettings(steps=4, batch_size=2, log_every=2)
+    run(tiny_model(), token_data(6), tmp_path, settings, eval_data=token_data(3, seed=9), on_log=listen)
+    assert told == [(0, True), (1, False), (2, False), (4, False), (4, True)]

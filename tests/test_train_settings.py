@@ -59,7 +59,7 @@ def test_total_epochs_hold_enough_full_batches():
 
 
 def test_a_continuation_may_change_what_is_shown_and_kept_only():
-    free = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "save_best", "tensorboard", "resume"}
+    free = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "save_best", "report_to", "resume"}
     assert set(TrainSettings(matmul_precision="high").fixed()) == set(TrainSettings.__dataclass_fields__) - free
 
 

@@ -90,17 +90,22 @@ class SettingsFlags(TrainSettings):
 
     Args:
         seed: of the initial adapter, dropout and data order.
+        tensorboard: the same as --report-to tensorboard.
     """
 
     learning_rate: Annotated[float, tyro.conf.arg(aliases=("--lr",))] = TrainSettings.learning_rate
     keep_checkpoints: Annotated[int, tyro.conf.arg(aliases=("--keep",))] = TrainSettings.keep_checkpoints
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         pass  # tyro would put the problems into words of its own
 
     def checked(self) -> TrainSettings:
         """The settings; raises ConfigError with all that is wrong with them."""
-        return TrainSettings(**dataclasses.asdict(self))
+        values = dataclasses.asdict(self)
+        if values.pop("tensorboard") and "tensorboard" not in self.report_to:
+            values["report_to"] = ("tensorboard", *self.report_to)
+        return TrainSettings(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def train(
             stack.enter_context(jax.default_matmul_precision(settings.matmul_precision))
         growing = ["settings.epochs" if settings.steps is None else "settings.steps"]
         directory = RunDirectory(
-            output_dir, identity, resume=settings.resume, growing=growing, tensorboard=settings.tensorboard
+            output_dir, identity, resume=settings.resume, growing=growing, report_to=settings.report_to
         )
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))

@@ -5,7 +5,7 @@ OUT/best/                        the one with the lowest evaluation loss, if ask
 OUT/training/run.json            settings, adapter config and data, which a continuation must share
 OUT/training/starts.jsonl        one line per start and continuation: after which step, up to which, by what command
 OUT/training/metrics.jsonl       one line per logged step
-OUT/training/tensorboard/        the same numbers for TensorBoard, if asked for
+OUT/training/tensorboard/        the same numbers for TensorBoard, if asked for; wandb/: for Weights & Biases
 OUT/training/checkpoints/STEP/   orbax: adapter, optimizer, rng, position in the data
 """
 
@@ -26,8 +26,11 @@ from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
+from moe_lora_jax.train.wandb_run import WandbRun
 
 FOLDER, RUN, METRICS, STARTS = "training", "run.json", "metrics.jsonl", "starts.jsonl"
+
+REPORTERS: dict[str, type[Events] | type[WandbRun]] = {"tensorboard": Events, "wandb": WandbRun}
 
 
 class RunDirectory:
@@ -40,7 +43,7 @@ class RunDirectory:
         identity: JSON values that say what the run is; those of a continuation must be equal.
         growing: paths in the identity (`a.b`) of numbers that a continuation may have larger.
         resume: continue the run that is there.
-        tensorboard: also write the metrics as TensorBoard events.
+        report_to: names in REPORTERS, which get the metrics too.
 
     Raises:
         TrainingError: another run holds it; it holds a run and resume is false, or none and resume is true; or the run
@@ -54,17 +57,17 @@ class RunDirectory:
         *,
         resume: bool,
         growing: Collection[str] = (),
-        tensorboard: bool = False,
+        report_to: Collection[str] = (),
     ):
         self.output_dir = Path(output_dir)
         self.identity = json.loads(json.dumps(identity))
-        self.resume, self.growing, self.tensorboard = resume, growing, tensorboard
+        self.resume, self.growing, self.report_to = resume, growing, report_to
         self.grown: dict[str, int] = {}
         self.folder = self.output_dir / FOLDER
         self.checkpoints = self.folder / "checkpoints"
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
-        self._events: Events | None = None
+        self._reporters: list[Events | WandbRun] = []
 
     def __enter__(self) -> Self:
         self.grown = once(self._open)
@@ -83,8 +86,10 @@ class RunDirectory:
             self.__exit__()
             raise
 
-    def __exit__(self, *_: object) -> None:
-        for file in (self._events, self._metrics, self._lock):
+    def __exit__(self, error: object = None, *_: object) -> None:
+        for reporter in self._reporters:
+            reporter.close(failed=error is not None)
+        for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()  # closing gives up the lock
 
@@ -97,8 +102,9 @@ class RunDirectory:
         kept = [record for record in read_metrics(self.output_dir) if record["step"] <= step]
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         self._metrics = path.open("a", encoding="utf-8")
-        if self.tensorboard:
-            self._events = Events(self.folder / "tensorboard", kept)
+        about = {**self.identity, "command": command(), "output_dir": self.output_dir.name}
+        for name in self.report_to:
+            self._reporters.append(REPORTERS[name](self.folder / name, about, kept))
         return kept
 
     def note_start(self, step: int, total_steps: int) -> None:
@@ -119,8 +125,8 @@ class RunDirectory:
         assert self._metrics is not None, "open_metrics comes first"
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
-        if self._events is not None:
-            self._events.add(record)
+        for reporter in self._reporters:
+            reporter.add(record)
 
     def _take_lock(self) -> None:
         assert self._lock is not None

@@ -10,7 +10,9 @@ from moe_lora_jax.adapters.filters import Part
 
 Precision = Literal["default", "high", "highest"]
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
-FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "tensorboard", "resume")
+FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "report_to", "resume")
+
+Reporter = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,8 @@ class TrainSettings:
         keep_checkpoints: how many; older ones are removed.
         save_best: after an evaluation with the lowest loss so far, also save the adapter into the folder `best`.
         log_every: steps between lines of metrics.jsonl.
-        tensorboard: also write the metrics as TensorBoard events, into training/tensorboard.
+        report_to: who gets the metrics too, with the settings and the command: tensorboard (events in
+            training/tensorboard), wandb (extra `wandb`; W&B's environment variables hold).
         resume: continue the run in the output directory, with the same settings and data: bit-identical. With more
             steps or epochs it goes on beyond its end: from there on the learning rate is that of a run of the new
             length, so it rises first.
@@ -62,7 +65,7 @@ class TrainSettings:
     keep_checkpoints: int = 2
     save_best: bool = False
     log_every: int = 10
-    tensorboard: bool = False
+    report_to: tuple[Reporter, ...] = ()
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -88,6 +91,9 @@ class TrainSettings:
         if self.matmul_precision not in (None, *get_args(Precision)):
             expected = f"null or one of {', '.join(get_args(Precision))}"
             problems.append(f"matmul_precision: found {self.matmul_precision!r}, expected {expected}")
+        if isinstance(self.report_to, str) or set(self.report_to) - set(get_args(Reporter)):
+            names = ", ".join(get_args(Reporter))
+            problems.append(f"report_to: found {self.report_to!r}, expected a list of some of {names}")
         if problems:
             raise ConfigError("invalid training settings", problems)
 
