@@ -56,7 +56,7 @@ def compile_ahead(lowered: jax.stages.Lowered) -> Ahead:
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """JAX's persistent cache cannot load a program for devices that are not there, and a cached one dumps nothing."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
