@@ -1,7 +1,7 @@
 """The table of docs/scale.md: `python tools/plan_table.py`. Every row is a command of `moe-lora plan`, run here.
 
 What a command says is kept in build/plan, so that a stopped run goes on; --again forgets it, --only WORD runs the rows
-that have the word in them, and --print shows the commands.
+that have the word in them, and --print shows the commands. The table has every row that was ever run.
 """
 
 import argparse
@@ -41,9 +41,14 @@ def command(model: str, devices: str) -> list[str]:
     return words.split()
 
 
+def kept(words: list[str]) -> Path:
+    """Where the answer of a command is."""
+    return KEPT / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()[:16]}.json"
+
+
 def told(words: list[str], again: bool) -> dict:
     """What the verb says, in JSON."""
-    file = KEPT / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()[:16]}.json"
+    file = kept(words)
     if again or not file.exists():
         run = [sys.executable, "-m", "moe_lora_interop.cli.main", "plan", *words, "--json"]
         done = subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -76,19 +81,13 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--print", action="store_true")
     chosen = parser.parse_args()
-    rows = []
-    for model in MODELS:
-        for devices in DEVICES:
-            words = command(model, devices)
-            if chosen.only not in f"{model} {devices}":
-                continue
-            if chosen.print:
-                print("moe-lora plan", *words)
-                continue
-            rows.append(row(model, devices, told(words, chosen.again)))
-            print("|", " | ".join(rows[-1]), "|", flush=True)
+    every = {(model, devices): command(model, devices) for model in MODELS for devices in DEVICES}
+    for names, words in every.items():
+        if chosen.only in " ".join(names):
+            print("moe-lora plan", *words) if chosen.print else told(words, chosen.again)
     if chosen.print:
         return
+    rows = [row(*names, told(words, again=False)) for names, words in every.items() if kept(words).exists()]
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     before, _, rest = PAGE.read_text().partition(BEGIN)
