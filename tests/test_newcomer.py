@@ -55,9 +55,9 @@ MISTAKES = {
         ["already holds a run; resume it (--resume), or choose another output_dir"],
     ),
     "resumed with other settings": (
-        TRAIN.replace("new", "trained").replace("--steps 1", "--steps 3 --resume"),
+        TRAIN.replace("new", "trained").replace("--steps 1", "--steps 1 --seed 5 --resume"),
         2,
-        ["settings.steps: found 3, the run has 1", "start a new one with init_adapter"],
+        ["settings.seed: found 5, the run has 0", "start a new one with init_adapter"],
     ),
     "another base model": (
         "generate --model wider --adapter trained --prompt hi",

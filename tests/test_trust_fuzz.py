@@ -36,4 +36,4 @@ def test_without_damage_every_sample_is_read(layout, tmp_path, tally):
     tally("random damage", tried=1, lost=0)
 
 
-NEEDS_OPTIONS = ("for-ai-molora", "mola", "peft-router")
+NEEDS_OPTIONS = ("for-ai-molora", "meteora", "mola", "peft-router")
