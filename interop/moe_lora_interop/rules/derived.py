@@ -98,10 +98,7 @@ def layers_into_one(tensors: Canonical, given: Mapping[str, Any]) -> tuple[Canon
     """X-LoRA's classifier without an activation between its layers, z = W_n (... (W_0 h + b_0) ...) + b_n, as one."""
     if given.get("enable_relu_and_dropout") is not False:
         return tensors, []
-    weights, biases = (
-        [tensors[slot] for slot in sorted(tensors, key=str) if slot[0] == "" and re.fullmatch(rf"{role}_\d+", slot[1])]
-        for role in ("router", "router_bias")
-    )
+    weights, biases = (_in_order(tensors, role) for role in ("router", "router_bias"))
     sizes = [(w.shape[1], w.shape[0]) for w in weights]
     fits = all(before[1] == after[0] for before, after in pairwise(sizes))
     if len(weights) != given.get("xlora_depth") or len(biases) not in (0, len(weights)) or not fits:
@@ -120,6 +117,14 @@ def layers_into_one(tensors: Canonical, given: Mapping[str, Any]) -> tuple[Canon
     if biases:
         found["", "router_bias_0"] = computed((sizes[-1][1],), bias, *weights, *biases)
     return found, []
+
+
+def _in_order(tensors: Canonical, role: str) -> list[Tensor]:
+    """role_0, role_1, ..., role_10 of the model."""
+    found = {
+        int(m[1]): t for (path, r), t in tensors.items() if path == "" and (m := re.fullmatch(rf"{role}_(\d+)", r))
+    }
+    return [found[number] for number in sorted(found)]
 
 
 def computed(shape: tuple[int, ...], formula: Callable[..., np.ndarray], *tensors: Tensor) -> Lazy:
