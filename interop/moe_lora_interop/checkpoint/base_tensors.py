@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_lora_interop.disk.files import TensorInfo
 from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.base_tensors import name_in_base, whole_modules
@@ -25,13 +26,13 @@ def check_no_whole_modules(path: Path, raw: Mapping[str, Any], stored: Iterable[
 
 def warn_of_base_tensors(source: str, found: Mapping[str, Tensor]) -> None:
     """Says that tensors of the base model are left out, if there are any."""
-    for note in left_out({name: tensor.shape for name, tensor in found.items()}):
+    for note in left_out(found):
         warnings.warn(f"{source}: {note}", UserWarning, stacklevel=3)
 
 
-def left_out(found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A sentence on the tensors of the base model that are left out, if there are any: {name: shape}."""
-    shown = [f"{name} {list(shape)}" for name, shape in list(found.items())[:6]]
+def left_out(found: Mapping[str, Tensor | TensorInfo]) -> list[str]:
+    """A sentence on the tensors of the base model that are left out, if there are any."""
+    shown = [f"{name} {list(tensor.shape)}" for name, tensor in list(found.items())[:6]]
     names = ", ".join(shown) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
     note = (
         f"left out: {names}. These belong to the base model: PEFT saves them too if embeddings or the head are "

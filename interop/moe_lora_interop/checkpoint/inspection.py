@@ -103,13 +103,7 @@ def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         with opened(directory) as adapter:
             findings = [*_metadata_findings(adapter), *_value_findings(adapter)]
             if base is None:
-                return [
-                    *findings,
-                    *(
-                        Finding("note", text)
-                        for text in left_out({n: t.shape for n, t in adapter.base_tensors.items()})
-                    ),
-                ]
+                return [*findings, *(Finding("note", text) for text in left_out(adapter.base_tensors))]
             return [*findings, *_base_findings(adapter, Path(base))]
     except (CheckpointError, ConfigError) as error:
         return [Finding("error", f"{error.what}: {problem}") for problem in error.problems] or [

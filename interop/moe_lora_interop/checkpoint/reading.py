@@ -114,7 +114,7 @@ class Reading:
         rules = {
             key: claim(self.dialect.rules, key, len(info.shape)) for key, info in infos.items() if key not in whole
         }
-        of_base = {below_prefix(k): infos[k].shape for k, rule in rules.items() if rule and rule.copy == "base"}
+        of_base = {below_prefix(k): infos[k] for k, rule in rules.items() if rule and rule.copy == "base"}
         trained = [f"{name}: trained as a whole (modules_to_save); only PyTorch can use it" for name in whole]
         return [*left_out(of_base), *trained]
 
