@@ -157,7 +157,9 @@ def test_written_back_the_tensors_have_the_peers_names_and_values(peer, tmp_path
     layout = moe_lora_interop.detect(peer.directory)
     if layout in READ_ONLY:
         return
-    moe_lora_interop.write(moe_lora_interop.read(peer.directory, **peer.options), tmp_path, layout)
+    duplicates = layout == "ld-mole"  # one rule stores a temperature network under every module, whatever its width
+    adapter = moe_lora_interop.read(peer.directory, **peer.options)
+    moe_lora_interop.write(adapter, tmp_path, layout, duplicates=duplicates)
     found, expected = (stored_tensors(d, layout, peer.options) for d in (tmp_path, peer.directory))
     if peer.name == "xlora_original/depth3_linear_nobias":  # three layers without an activation, which are one here
         assert found.keys() - expected.keys() == set() and expected.keys() - found.keys() == {
@@ -280,6 +282,8 @@ def test_five_training_steps_lower_the_loss_and_move_every_tensor(peer):
     stuck = {
         (module, "router") for module in stuck_routers(model.moe_lora_config, model.moe_lora_config.target_modules)
     }
+    if moe_lora_interop.detect(peer.directory) == "mtl-lora":  # its table's gates are exactly 0 and 1: no gradient
+        stuck = {slot for slot in before if slot[1] == "task_embedding"}
     after = mlj.to_adapter(model).tensors
     assert stuck == {slot for slot, tensor in before.items() if np.array_equal(after[slot], tensor)}
 

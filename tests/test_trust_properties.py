@@ -25,7 +25,7 @@ from moe_lora_interop.dialects.registry import dialect_named
 from moe_lora_interop.disk.npz import read_npz, write_npz
 from moe_lora_interop.rules.configs import options_of
 from tests.adapters import assert_same_tensors
-from tools.samples import SAMPLES, random_adapter
+from tools.samples import SAMPLES, random_adapter_for
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
 # what a layout's sample leaves open: fields that it can express with any value, with values that go together
@@ -40,6 +40,7 @@ FIXED = {  # because lists in the sample have one entry per expert, or patterns 
     "arrow": ("r", "num_experts", "lora_alpha"),
     "xlora": ("r", "num_experts"),
     "xlora-original": ("r", "num_experts", "lora_alpha"),
+    "ewora": ("r", "lora_alpha"),
     "meteora": ("num_experts", "lora_alpha"),
     "mola": ("r", "num_experts"),
     "lora": ("num_experts",),
@@ -62,7 +63,7 @@ def adapters(draw, layout):
     config = (
         moe_lora_interop.MoeLoraConfig.preset(preset, **values) if preset else moe_lora_interop.MoeLoraConfig(**values)
     )
-    adapter = random_adapter(config, modules, seed=draw(st.integers(0, 2**32 - 1)))
+    adapter = random_adapter_for(layout, config, modules, seed=draw(st.integers(0, 2**32 - 1)))
     dtype = np.dtype(draw(DTYPES))
     return moe_lora_interop.Adapter(adapter.config, {slot: t.astype(dtype) for slot, t in adapter.tensors.items()})
 

@@ -79,6 +79,11 @@ def sample(layout: str, *, seed: int = 0, layers: int = 2) -> Adapter:
     modules = [f"model.layers.{n}.{kind}" for n in range(layers) for kind in kinds]
     values = {"target_modules": modules, **_SIZES, **fields}
     config = MoeLoraConfig.preset(preset, **values) if preset else MoeLoraConfig(**values)
+    return random_adapter_for(layout, config, modules, seed=seed)
+
+
+def random_adapter_for(layout: str, config: MoeLoraConfig, modules: list[str], *, seed: int = 0) -> Adapter:
+    """`random_adapter`, with what `layout` stores once equal in all modules that share it."""
     adapter = random_adapter(config, modules, seed=seed)
     return with_shared_temperatures(adapter) if layout == "ld-mole" else adapter
 
