@@ -45,7 +45,7 @@ FIELDS = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "lora_dropo
 
 def batch() -> Batch:
     rows, _ = collate(token_data(16).examples, 16, (24,), 0)
-    return Batch(*(x.reshape(2, 8, -1) for x in rows))
+    return jax.tree.map(lambda x: x.reshape(2, 8, -1), rows)
 
 
 def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:

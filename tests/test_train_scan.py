@@ -30,7 +30,7 @@ def model_of(layers: int = 3, *, scan: bool, **fields) -> CausalLM:
 
 def batch() -> Batch:
     rows, _ = collate(token_data(4).examples, 4, (24,), 0)
-    return Batch(*(x.reshape(2, 2, -1) for x in rows))
+    return jax.tree.map(lambda x: x.reshape(2, 2, -1), rows)
 
 
 def trained(steps: int = 2, part: str = "all", **fields) -> tuple:

@@ -24,7 +24,7 @@ LOSSES = {"router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.2}
 
 def batch_of(rows: int, micro: int = 1, seed: int = 0) -> Batch:
     batch, _ = collate(token_data(rows, seed).examples, rows, (24,), 0)
-    return Batch(*(x.reshape(micro, rows // micro, -1) for x in batch))
+    return jax.tree.map(lambda x: x.reshape(micro, rows // micro, -1), batch)
 
 
 def one_step(model, batch, optimizer=SGD, part="all"):
@@ -40,7 +40,7 @@ def one_step(model, batch, optimizer=SGD, part="all"):
 
 def reference_loss(model, batch: Batch, config) -> float:
     """The training loss in numpy, from the model's outputs."""
-    ids, mask, counted = (np.asarray(x[0]) for x in batch)
+    ids, mask, counted = (np.asarray(x[0]) for x in batch[:3])
     logits, router = model(jnp.asarray(ids), attention_mask=jnp.asarray(mask), return_router=True)
     logits = np.asarray(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -108,7 +108,7 @@ def test_micro_batches_have_unequal_token_counts_in_that_test():
 
 def test_blank_rows_change_nothing():
     rows = batch_of(3)
-    blank = Batch(*(np.concatenate([x, np.zeros_like(x[:, :1])], axis=1) for x in rows))
+    blank = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x[:, :1])], axis=1), rows)
     without, one, before = one_step(tiny_model(**LOSSES), rows)
     with_blank, other, _ = one_step(tiny_model(**LOSSES), blank)
     np.testing.assert_allclose(other.loss, one.loss, rtol=1e-6)
@@ -187,7 +187,7 @@ def test_the_users_model_survives_donation():
 def test_dropout_differs_by_step_and_by_micro_batch_and_repeats_from_the_same_state():
     fields = {"lora_dropout": 0.5, "expert_dropout": 0.3, "router_jitter_noise": 0.1}
     same = batch_of(4)
-    twice = Batch(*(np.concatenate([x, x]) for x in same))  # two equal micro-batches
+    twice = jax.tree.map(lambda x: np.concatenate([x, x]), same)  # two equal micro-batches
 
     def losses(batch, steps):
         model = tiny_model(**fields)
@@ -209,7 +209,7 @@ def test_dropout_differs_by_step_and_by_micro_batch_and_repeats_from_the_same_st
 
 def test_dropout_is_off_in_evaluation_and_its_stream_rests():
     plain, dropping = tiny_model(), tiny_model(lora_dropout=0.5)
-    batch = Batch(*(x[0] for x in batch_of(3)))
+    batch = jax.tree.map(lambda x: x[0], batch_of(3))
     found = []
     for model in (plain, dropping):
         graphdef, state, frozen = split_model(model, mlj.MoeLoraParam, SGD)
@@ -218,7 +218,7 @@ def test_dropout_is_off_in_evaluation_and_its_stream_rests():
         assert loss.counted_tokens == batch.loss_mask[:, 1:].sum()
     assert found[0] == found[1]
     config = dataclasses.replace(plain.moe_lora_config, router_aux_loss_coef=0.0)
-    expected = reference_loss(plain, Batch(*(x[None] for x in batch)), config)
+    expected = reference_loss(plain, jax.tree.map(lambda x: x[None], batch), config)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
 
 

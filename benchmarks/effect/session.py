@@ -49,7 +49,7 @@ def batches(train: Split, settings: Settings, seed: int) -> Iterator[Batch]:
                 queues[task] = random.permutation(len(train[task])).tolist()
             chosen.append(train[task][queues[task].pop()])
         batch = collate(chosen, settings.batch, (LENGTH,), 0).batch
-        yield Batch(*(field[None] for field in batch))
+        yield jax.tree.map(lambda field: field[None], batch)
 
 
 class Session:

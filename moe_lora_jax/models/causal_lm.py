@@ -52,6 +52,7 @@ class CausalLM(nnx.Module):
         *,
         cache: Cache | None = None,
         positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         task_ids: jax.Array | None = None,
         return_router: bool = False,
     ) -> Any:
@@ -63,7 +64,7 @@ class CausalLM(nnx.Module):
 
         Other arguments as in `hidden_states`.
         """
-        arguments = {"cache": cache, "positions": positions, "task_ids": task_ids}
+        arguments = {"cache": cache, "positions": positions, "segment_ids": segment_ids, "task_ids": task_ids}
         if not return_router:
             return self._logits(input_ids, attention_mask, **arguments)
         logits, records = nnx.capture(self._logits, RouterRecord)(input_ids, attention_mask, **arguments)
@@ -84,6 +85,7 @@ class CausalLM(nnx.Module):
         *,
         cache: Cache | None = None,
         positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         task_ids: jax.Array | None = None,
     ) -> Any:
         """Hidden states after the final norm: [batch, seq, hidden], or (those, cache) if a cache is given.
@@ -95,7 +97,9 @@ class CausalLM(nnx.Module):
             cache: from `empty_cache`, with room for the new tokens. A new one is returned; the given one stays.
             positions: integers [batch, seq] that replace the default, which counts the real tokens of each row.
                 They set rotary angles and window distances; causal order is always that of the columns.
-
+            segment_ids: integers [batch, seq] in place of attention_mask, for rows of several sequences (packing):
+                1, 1, 1, 2, 2, 0, 0; 0 is padding. Tokens see their own segment alone, and positions count from its
+                first token: each sequence gets what it would get in a row of its own. Not with a cache.
             task_ids: integers [batch] or [batch, n], for an adapter that routes by task.
 
         Raises:
@@ -107,9 +111,16 @@ class CausalLM(nnx.Module):
             raise ValueError(f"input_ids: found shape {input_ids.shape}, expected [batch, seq]")
         problems = [
             f"{name}: found shape {jnp.shape(array)}, expected that of input_ids, {input_ids.shape}"
-            for name, array in (("attention_mask", attention_mask), ("positions", positions))
+            for name, array in (
+                ("attention_mask", attention_mask),
+                ("positions", positions),
+                ("segment_ids", segment_ids),
+            )
             if array is not None and jnp.shape(array) != input_ids.shape
         ]
+        if segment_ids is not None:
+            others = {"attention_mask": attention_mask, "cache": cache}
+            problems += [f"segment_ids and {name}: found both" for name, other in others.items() if other is not None]
         rows = getattr(self, "moe_lora_rows", None)  # of an AdapterBank: the layers see tokens, not rows
         if rows is not None and rows.get_value().shape != input_ids.shape[:1]:
             problems.append(
@@ -118,13 +129,15 @@ class CausalLM(nnx.Module):
             )
         if problems:
             raise ValueError("; ".join(problems))
-        real = None if attention_mask is None else jnp.asarray(attention_mask) != 0
+        segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        real = segments if attention_mask is None else jnp.asarray(attention_mask)
+        real = None if real is None else real != 0
         check_ids(self, input_ids, real)
         input_ids = jnp.asarray(input_ids)
         if real is not None:
             input_ids = jnp.where(real, input_ids, 0)  # an id without a row would be NaN, and 0 * NaN is NaN
         positions = None if positions is None else jnp.asarray(positions, jnp.int32)
-        hidden, cache = self._route_and_decode(input_ids, real, positions, cache, task_ids)
+        hidden, cache = self._route_and_decode(input_ids, real, positions, cache, segments, task_ids)
         return hidden if cache is None else (hidden, cache)
 
     def _route_and_decode(
@@ -133,22 +146,25 @@ class CausalLM(nnx.Module):
         real: jax.Array | None,
         positions: jax.Array | None,
         cache: Any,
+        segments: jax.Array | None,
         task_ids: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         router = self.moe_lora_router
         if task_ids is not None and (router is None or router.reads_hidden):
             raise ValueError("task_ids were given, but this model has no adapter that routes by task")
         if router is None:
-            return self.model(input_ids, real, positions, cache)
+            return self.model(input_ids, real, positions, cache, segments)
         if not router.reads_hidden:
             router.route_tasks(task_ids)
-            hidden, cache = self.model(input_ids, real, positions, cache)
+            hidden, cache = self.model(input_ids, real, positions, cache, segments)
         else:
             first, second = cache if cache is not None else (None, None)
             router.begin_first_pass()
-            hidden, first = self.model(input_ids, real, positions, first)  # without gates: without the adapter
+            hidden, first = self.model(
+                input_ids, real, positions, first, segments
+            )  # without gates: without the adapter
             router.route_hidden(hidden)
-            hidden, second = self.model(input_ids, real, positions, second)
+            hidden, second = self.model(input_ids, real, positions, second, segments)
             cache = None if cache is None else (first, second)
         router.shared.clear()
         return hidden, cache

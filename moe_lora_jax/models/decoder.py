@@ -12,7 +12,7 @@ from moe_lora_jax.models.activations import ACTIVATIONS
 from moe_lora_jax.models.attention import Attention, LayerCache
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
-from moe_lora_jax.models.masks import real_positions, visible
+from moe_lora_jax.models.masks import real_positions, segment_positions, visible
 from moe_lora_jax.models.norm import RMSNorm
 from moe_lora_jax.models.repeat import run_layers
 from moe_lora_jax.models.rope import rotary_tables
@@ -88,19 +88,27 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config)
 
     def __call__(
-        self, input_ids: jax.Array, real: jax.Array | None, positions: jax.Array | None, cache: KVCache | None
+        self,
+        input_ids: jax.Array,
+        real: jax.Array | None,
+        positions: jax.Array | None,
+        cache: KVCache | None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """`input_ids` [batch, seq] -> hidden states after the final norm [batch, seq, hidden], and the extended cache.
 
         Args:
             real: bool [batch, seq], False for padding; None if there is none.
-            positions: int32 [batch, seq] for the rotation; None counts the real tokens of each row.
+            positions: int32 [batch, seq] for the rotation; None counts the real tokens of each row or segment.
             cache: earlier tokens of the same rows; None without any, and then None is returned.
+            segments: integers [batch, seq], without a cache: each run of equal ones is a sequence of its own.
         """
         batch, length = input_ids.shape
         slots = jnp.arange(length)
         if cache is None:
-            if positions is None:
+            if positions is None and segments is not None:
+                positions = segment_positions(segments)
+            elif positions is None:
                 positions = slots[None] if real is None else real_positions(real)
             query_slots, key_slots, key_positions, key_real = slots, slots, positions, real
         else:
@@ -112,7 +120,7 @@ class Decoder(nnx.Module):
         config = self.config
         rotary = {rope: rotary_tables(rope, positions, config.head_dim) for rope in dict.fromkeys(config.layer_ropes)}
         masks = {
-            window: visible(query_slots, key_slots, positions, key_positions, key_real, window)
+            window: visible(query_slots, key_slots, positions, key_positions, key_real, window, segments)
             for window in dict.fromkeys(config.layer_windows)
         }
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from moe_lora_jax.train.data import Example
@@ -79,7 +80,7 @@ class TrainBatches(Iterator[HostBatch]):
 
         def micro_batches(chosen: Sequence[Example]) -> HostBatch:
             batch, lines = collate(chosen, rows, lengths, pad_id)
-            return HostBatch(Batch(*(x.reshape(gradient_accumulation, batch_size, -1) for x in batch)), lines)
+            return HostBatch(jax.tree.map(lambda x: x.reshape(gradient_accumulation, batch_size, -1), batch), lines)
 
         dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
         dataset = dataset.batch(rows, drop_remainder=False, batch_fn=micro_batches)

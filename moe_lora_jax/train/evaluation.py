@@ -45,7 +45,7 @@ def mean_loss(
 
 def batch_loss(model: Any, batch: Batch) -> TokenLoss:
     """The next-token loss of one batch."""
-    logits = model(batch.input_ids, attention_mask=batch.attention_mask)
+    logits = model(batch.input_ids, **batch.arguments())
     return next_token_loss(logits, batch.input_ids, batch.loss_mask)
 
 

@@ -25,11 +25,20 @@ class Batch(NamedTuple):
     input_ids: [batch, seq] int32.
     attention_mask: [batch, seq] int32, 1 for real tokens.
     loss_mask: [batch, seq] bool, true for the tokens that are targets.
+    segment_ids: [batch, seq] int32 where rows hold several sequences: 1, 1, 2, 2, 2, 0 (padding). The first token of
+        a segment must not be a target.
     """
 
     input_ids: jax.Array
     attention_mask: jax.Array
     loss_mask: jax.Array
+    segment_ids: jax.Array | None = None
+
+    def arguments(self) -> dict[str, jax.Array]:
+        """What a model is called with beside input_ids."""
+        if self.segment_ids is None:
+            return {"attention_mask": self.attention_mask}
+        return {"segment_ids": self.segment_ids}
 
 
 class TrainState(NamedTuple):
@@ -134,7 +143,7 @@ def make_train_step(
         states = unstack_layers((trainable, rng, frozen.adapter, frozen.base))
         model = nnx.merge(graphdef, *states, copy=True)
         _warn_of_eval_mode(model, config)
-        logits, router = model(micro.input_ids, attention_mask=micro.attention_mask, return_router=True)
+        logits, router = model(micro.input_ids, **micro.arguments(), return_router=True)
         lm, balance, z = _losses(logits, router, micro, config)
         tokens = jnp.sum(micro.attention_mask > 0).astype(jnp.float32)
         counted_share, token_share = lm.counted_tokens / totals[0], tokens / totals[1]
