@@ -15,6 +15,7 @@ Repositories = dict[str, dict[str, bytes]]
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repositories: Repositories
+    private: set[str]
     unknown: list[str]
 
     def log_message(self, *args: object) -> None:
@@ -48,7 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 return self._answer(404, headers={"X-Error-Code": "RepoNotFound"})
             return self._json(
-                {"id": found[1], "sha": "0" * 40, "siblings": [{"rfilename": name} for name in sorted(files)]}
+                {
+                    "id": found[1],
+                    "sha": "0" * 40,
+                    "private": found[1] in self.private,
+                    "siblings": [{"rfilename": name} for name in sorted(files)],
+                }
             )
         if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/tree/[^/]+(/.*)?", path):
             files = self.repositories.get(found[1], {})
@@ -64,6 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             repo = "/".join(filter(None, [asked.get("organization") or "user", asked["name"]]))
+            if repo not in self.repositories and "private" in (
+                asked.get("visibility"),
+                asked.get("private") and "private",
+            ):
+                self.private.add(repo)
             self.repositories.setdefault(repo, {})
             return self._json({"url": f"{self.server.address}/{repo}", "id": repo})
         if self.path == "/api/validate-yaml":
@@ -90,7 +101,7 @@ def fake_hub() -> Iterator[tuple[str, Repositories, list[str]]]:
     """Serves while inside: its address, its files, and the requests that it did not understand."""
     repositories: Repositories = {}
     unknown: list[str] = []
-    handler = type("Handler", (_Handler,), {"repositories": repositories, "unknown": unknown})
+    handler = type("Handler", (_Handler,), {"repositories": repositories, "private": set(), "unknown": unknown})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.address = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -7,12 +7,14 @@ import pytest
 import transformers
 import yaml
 
+import moe_lora_interop
 import moe_lora_interop.peft_tuner as tuner
 from moe_lora_interop.checkpoint.card import PLACEHOLDER, model_card
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.disk.files import TensorInfo
 from tests.hf import make_model
+from tools.samples import sample
 
 IMPORT = "import moe_lora_interop.peft_tuner"
 
@@ -139,3 +141,53 @@ def test_modules_of_different_sizes_have_rows_of_their_own():
     ]
     values = 16 + 32 + 96 + 192 + 2 * (48 + 48)
     assert f"8 tensors, {values} parameters, {2 * values:,} bytes (BF16)." in card
+
+
+def saved(folder, **fields):
+    moe_lora_interop.write(sample("native", **fields), folder)
+    return (folder / "README.md").read_text()
+
+
+def test_a_card_that_nobody_changed_follows_the_adapter(tmp_path):
+    assert "16 tensors" in saved(tmp_path, layers=2)
+    assert "8 tensors" in saved(tmp_path, layers=1)
+
+
+@pytest.mark.parametrize(
+    "change", [("## Load", "## How to load"), ("<!-- card", "<!-- my card"), ("-->\n", "-->\nMine")]
+)
+def test_a_card_that_somebody_changed_stays(tmp_path, change):
+    changed = saved(tmp_path, layers=2).replace(*change)
+    (tmp_path / "README.md").write_text(changed)
+    assert saved(tmp_path, layers=1) == changed
+
+
+def test_a_card_says_how_its_adapter_was_trained(tmp_path):
+    assert "## Training" not in saved(tmp_path)
+    settings = {"batch_size": 2, "gradient_accumulation": 4, "learning_rate": 2e-4}
+    run = {"settings": settings, "data": "120 examples, crc32 01ab", "eval_data": "12 examples, crc32 02cd"}
+    metrics = [
+        {"step": 0, "eval_loss": 3.25},
+        {"step": 10, "lm_loss": 3.0},
+        {"step": 20, "lm_loss": 2.5},
+        {"step": 20, "eval_loss": 2.75},
+    ]
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text(json.dumps(run))
+    (tmp_path / "training" / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)) + '\n{"step": 21, "lm_')
+    assert (
+        "## Training\n\n20 steps of 8 rows by AdamW, learning rate 0.0002 at its peak, on 120 examples, crc32 01ab. "
+        "Loss in training (nats per token): 3.000 at step 10, 2.500 at step 20. Loss on held-out data (nats per "
+        "token): 3.250 at step 0, 2.750 at step 20 (12 examples, crc32 02cd).\n"
+    ) in saved(tmp_path)
+
+
+def test_the_blocks_name_the_base_and_the_place_on_the_hub():
+    card = model_card(MoeLoraConfig(base_model_name_or_path="org/base"), {}, repo_id="user/mixture")
+    for line in (
+        'base_model = AutoModelForCausalLM.from_pretrained("org/base")',
+        'model = PeftModel.from_pretrained(base_model, "user/mixture")',
+        'model = mlj.load_base_model(snapshot_download("org/base"))',
+        'mlj.load_adapter(model, snapshot_download("user/mixture"))',
+    ):
+        assert line in card

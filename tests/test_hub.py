@@ -44,6 +44,53 @@ assert torch.equal(logits(native), found)
 assert peft.PeftConfig.from_pretrained("user/adapter").num_experts == 3
 """
 
+PUSH_VERB = """
+import json, pathlib
+import moe_lora_interop
+from moe_lora_interop.cli.push import push
+def files(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def answer(folder, repo, **options):
+    try:
+        return push(folder, repo, **options)
+    except moe_lora_interop.CheckpointError as error:
+        return str(error)
+adapter = moe_lora_interop.read("../push/saved")
+mine, damaged, other = map(pathlib.Path, ("mine", "damaged", "other"))
+for folder in (mine, damaged):
+    moe_lora_interop.write(adapter, folder)
+moe_lora_interop.write(adapter, other, "mole")
+(mine / "training").mkdir()
+(mine / "training" / "checkpoint").write_bytes(b"large")
+weights = bytearray((damaged / "adapter_model.safetensors").read_bytes())
+weights[-3] ^= 1
+(damaged / "adapter_model.safetensors").write_bytes(weights)
+before = files(mine)
+answers = {"new": answer(mine, "user/pushed", private=True), "again": answer(mine, "user/pushed", private=True)}
+answers["public"] = answer(mine, "user/base", private=True)
+answers["name"] = answer(mine, "no such name!")
+assert files(mine) == before
+(mine / "README.md").write_text("# Mine")
+answers |= {"own card": answer(mine, "user/mine"), "damaged": answer(damaged, "user/damaged")}
+answers["layout"] = answer(other, "user/other")
+print("ANSWERS " + json.dumps(answers))
+"""
+
+BLOCKS = """
+import re
+import numpy as np
+from huggingface_hub import hf_hub_download
+from test_peft_support import input_ids, logits
+card = open(hf_hub_download("user/pushed", "README.md")).read()
+of_peft, of_jax = re.findall("```python\\n(.*?)```", card, re.DOTALL)
+peft, jax = {}, {}
+exec(of_peft, peft)
+exec(of_jax, jax)
+expected = logits(peft["model"].eval()).numpy()
+assert np.abs(expected - logits(peft["model"].unload()).numpy()).max() > 1e-3
+np.testing.assert_allclose(jax["model"](input_ids().numpy()), expected, atol=1e-5)
+"""
+
 UNREGISTERED = """
 import peft
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,7 +112,7 @@ def client(code: str, address: str, folder: Path) -> str:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "interop"), str(ROOT / "tests")]),
     }
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=180
@@ -80,11 +127,11 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     with fake_hub() as (address, repositories, unknown):
         client(PUSH, address, folder / "push")
-        yield address, repositories, unknown
+        yield address, repositories, unknown, folder
 
 
 def test_push(hub):
-    _, repositories, unknown = hub
+    _, repositories, unknown, _ = hub
     assert unknown == []
     assert set(repositories) == {"user/base", "user/adapter", "user/saved"}
     for repo in ("user/adapter", "user/saved"):
@@ -94,10 +141,30 @@ def test_push(hub):
 
 
 def test_load_by_id(hub, tmp_path):
-    address, _, unknown = hub
+    address, _, unknown, _ = hub
     client(LOAD, address, tmp_path / "load")
     assert unknown == []
 
 
 def test_without_the_import_the_error_names_the_method(hub, tmp_path):
     assert client(UNREGISTERED, hub[0], tmp_path / "load").strip() == "'MOE_LORA'"
+
+
+def test_the_verb_pushes_what_is_sound_and_nothing_else(hub, tmp_path):
+    address, repositories, unknown, folder = hub
+    folder = folder / "verb"
+    said = client(PUSH_VERB, address, folder)
+    answers = json.loads(said.partition("ANSWERS ")[2])
+    assert [answers[name] for name in ("new", "again", "own card", "damaged")] == [0, 0, 0, 1]
+    assert "private: found a public repository of this name" in answers["public"]
+    assert "no such name!" in answers["name"]
+    assert "found layout mole, expected native: `moe-lora convert` writes it" in answers["layout"]
+    assert "user/damaged" not in repositories and "user/other" not in repositories
+    pushed = repositories["user/pushed"]
+    assert set(pushed) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert pushed[name] == (folder / "mine" / name).read_bytes()
+    assert repositories["user/mine"]["README.md"] == b"# Mine"
+    assert 'from_pretrained(base_model, "user/pushed")' in pushed["README.md"].decode()
+    client(BLOCKS, address, tmp_path / "blocks")  # what the card says, as a stranger runs it
+    assert unknown == []

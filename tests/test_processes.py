@@ -17,8 +17,8 @@ from tiny_training import small_dirs, token_data  # noqa: F401
 
 import moe_lora_interop
 import moe_lora_jax as mlj
+from moe_lora_interop.checkpoint.run_records import read_metrics
 from moe_lora_jax.train import TrainSettings, train
-from moe_lora_jax.train.run_dir import read_metrics
 
 TESTS = Path(__file__).parent
 FLAGS = (

@@ -50,6 +50,7 @@ COMMANDS = {
         "",
         ["starting JAX", "reading the model and the data", "compiling the step", "training: loss", "2/2"],
     ),
+    "push": ("push trained user/trained", "", ["checking", "uploading to user/trained"]),
     "plan": (
         "plan --config base --topology v5e:1x1 --seq 16 --batch 1 --num-experts 2 --target-modules q_proj",
         "fits",
@@ -160,6 +161,7 @@ def test_warnings_are_printed_as_before_when_the_verb_has_ended(furnished):
 @pytest.fixture
 def on_a_terminal(every_update_is_drawn, furnished, tmp_path, monkeypatch, capfd):
     """(verb, flag) -> what it prints to stdout, and to a stderr that claims to be a terminal."""
+    from moe_lora_interop.cli import push
     from moe_lora_jax.cli import quickstart
 
     monkeypatch.chdir(furnished)
@@ -168,6 +170,7 @@ def on_a_terminal(every_update_is_drawn, furnished, tmp_path, monkeypatch, capfd
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(quickstart, "_has_peft", lambda: False)  # another process: tests/test_verbs_quickstart.py
+    monkeypatch.setattr(push, "_uploaded", lambda repo, *_, **__: repo)  # needs a hub: tests/test_hub.py
 
     def run(verb, flag):
         words = COMMANDS[verb][0].replace("OUT", str(tmp_path / "out")).split()

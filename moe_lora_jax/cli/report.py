@@ -39,6 +39,7 @@ def report(
     """
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("importing JAX"):
+        from moe_lora_interop.checkpoint.run_records import read_metrics
         from moe_lora_jax.adapters.checkpoint import load_adapter
         from moe_lora_jax.adapters.parameter_summary import summary
         from moe_lora_jax.measure.router_statistics import RouterStatistics, router_statistics
@@ -46,7 +47,6 @@ def report(
         from moe_lora_jax.report.page import render
         from moe_lora_jax.report.sections import all_sections
         from moe_lora_jax.train.data import read_data, split_by
-        from moe_lora_jax.train.run_dir import read_metrics
         from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
     page = output or directory / "report.html"

@@ -22,13 +22,12 @@ from typing import IO, Any, Self
 import jax
 from flax import nnx
 
+from moe_lora_interop.checkpoint.run_records import FOLDER, METRICS, RUN, STARTS, read_metrics
 from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
 from moe_lora_jax.train.wandb_run import WandbRun
-
-FOLDER, RUN, METRICS, STARTS = "training", "run.json", "metrics.jsonl", "starts.jsonl"
 
 REPORTERS: dict[str, type[Events] | type[WandbRun]] = {"tensorboard": Events, "wandb": WandbRun}
 
@@ -183,13 +182,6 @@ def check_free(output_dir: Path, *, resume: bool) -> None:
         raise TrainingError("a run would be overwritten", [problem])
 
 
-def read_metrics(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of OUT/training/metrics.jsonl, without one that a crash cut off; empty if there is no such file."""
-    path = Path(output_dir, FOLDER, METRICS)
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return [record for line in lines if (record := _record(line))]
-
-
 def base_fingerprint(base: nnx.State) -> str:
     """Tells one base model from another cheaply: parameter count and a checksum of the start of every tensor."""
     leaves, total = jax.tree.leaves(base), 0
@@ -207,10 +199,3 @@ def _differences(stored: Any, found: Any, path: str = "") -> Iterator[tuple[str,
             yield from _differences(stored.get(key), found.get(key), f"{path}.{key}" if path else key)
     elif stored != found:
         yield path, found, stored
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None  # cut off by a crash

@@ -3,15 +3,18 @@
 import json
 import math
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from moe_lora_interop.checkpoint.run_records import training_in_words
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.base_name import HubName, hub_name
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.dialects.native import NATIVE
+from moe_lora_interop.disk.atomic import will_remain
 from moe_lora_interop.disk.dtypes import bits
 from moe_lora_interop.disk.files import TensorInfo, read_json
 from moe_lora_interop.errors import CheckpointError
@@ -43,25 +46,37 @@ pip install "moe-lora-jax[torch]"
 ```python
 import moe_lora_interop.peft_tuner  # registers MOE_LORA with PEFT, which otherwise raises KeyError: 'MOE_LORA'
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(base_model, "path/to/this/directory")
+base_model = AutoModelForCausalLM.from_pretrained("{base_id}")
+model = PeftModel.from_pretrained(base_model, "{place}")
 ```
 
 JAX:
 
+```bash
+pip install "moe-lora-jax[train]"
+```
+
 ```python
 import moe_lora_jax as mlj
-
-model = mlj.load_base_model("path/to/base")
-mlj.load_adapter(model, "path/to/this/directory")
+{download}
+model = mlj.load_base_model({base_folder})
+mlj.load_adapter(model, {adapter_folder})
 ```
 {ends}
+## Serve
+
+Servers of ordinary LoRA do not know routers. `moe-lora export` writes what they take: `--as lora` one LoRA with fixed
+gates, an approximation whose cost `moe-lora measure` says; `--as lora-experts` each expert by itself; `--as mixtral`,
+for a feed-forward mixture on a Llama or Mistral, a whole model that keeps the router.
+
 ## What it computes
 
 On each target module: y = W0 x + sum_e g_e(x) s_e B_e A_e x, with s_e = {scaling}.
 Routing: {routing}.
 
-{contents}Written with {versions}.
+{training}{contents}Written with {versions}.
 """
 
 _ENDS = """
@@ -69,9 +84,16 @@ A text ends at the token ids {ids} (`generation_config.json`), not only where th
 not read that file from an adapter by themselves: `model.generate(..., eos_token_id={ids})`, `vllm serve ...
 --generation-config path/to/this/directory`.
 """
+_HERE = "path/to/this/directory"
+_SEAL = re.compile(r"<!-- card ([0-9a-f]{8}): [^\n]* -->\s*\Z")
 GENERATION_CONFIG = "generation_config.json"
 
 
+_TRAINING = """## Training
+
+{words}
+
+"""
 _CONTENTS = """## Tensors
 
 {tensors} tensors, {parameters:,} parameters, {bytes:,} bytes ({dtypes}).
@@ -83,14 +105,35 @@ _CONTENTS = """## Tensors
 """
 
 
-def describe(directory: Path, config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> None:
-    """Writes the card, unless somebody has written a README.md there; PEFT's placeholder is nobody's."""
+def new_card(
+    directory: Path, config: MoeLoraConfig, tensors: Mapping[str, TensorInfo], *, repo_id: str | None = None
+) -> str | None:
+    """The card to write into a directory; None where somebody has written a README.md, or changed ours.
+
+    PEFT's placeholder is nobody's. A card of ours ends with a checksum, which says that nobody has changed it.
+    """
     path = directory / CARD_NAME
-    found = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    if not found or PLACEHOLDER in found:
-        metadata = re.match(r"---\n(.*?)\n---", found, re.DOTALL)  # PEFT has filled these in already
-        text = model_card(config, tensors, metadata[1] if metadata else None, end_ids=end_ids_beside(directory))
-        path.write_text(text, "utf-8", errors="replace")
+    found = path.read_text("utf-8", errors="replace") if will_remain(directory, CARD_NAME) else ""
+    if found and PLACEHOLDER not in found and not _is_untouched(found):
+        return None
+    by_peft = re.match(r"---\n(.*?)\n---", found, re.DOTALL) if PLACEHOLDER in found else None
+    return model_card(
+        config,
+        tensors,
+        by_peft[1] if by_peft else None,  # PEFT has filled the head in already
+        end_ids=end_ids_beside(directory),
+        training=training_in_words(directory),
+        repo_id=repo_id,
+    )
+
+
+def _is_untouched(card: str) -> bool:
+    found = _SEAL.search(card)
+    return found is not None and found[1] == _sum(card[: found.start()])
+
+
+def _sum(text: str) -> str:
+    return f"{zlib.crc32(text.encode(errors='replace')):08x}"
 
 
 def model_card(
@@ -99,6 +142,8 @@ def model_card(
     metadata: str | None = None,
     *,
     end_ids: Sequence[int] = (),
+    training: str = "",
+    repo_id: str | None = None,
 ) -> str:
     """Markdown of the card.
 
@@ -107,24 +152,34 @@ def model_card(
         metadata: YAML for the card's head; None: the library, the tags, and the base model if it is known. A base
             model is named there by its id on the Hugging Face Hub, which refuses a card with a path, or not at all.
         end_ids: token ids that end a text, where they are others than those of the base model.
+        training: how it was trained, in words.
+        repo_id: where it is on the Hugging Face Hub; None: in some directory.
     """
     base = config.base_model_name_or_path or "unknown"
     known = hub_name(base) if config.base_model_name_or_path else None
     if metadata is None:
         metadata = f"library_name: peft\nbase_model: unknown\n{_TAGS}"
     root = "sqrt(r)" if config.use_rslora else "r"
-    return _TEMPLATE.format(
+    downloads = known is not None or repo_id is not None
+    text = _TEMPLATE.format(
         metadata=_naming(metadata, known),
         base=base if known is None else known.id,
+        base_id="path/or/name/of/the/base" if known is None else known.id,
+        place=repo_id or _HERE,
+        download="from huggingface_hub import snapshot_download\n" if downloads else "",
+        base_folder='"path/to/base"' if known is None else f'snapshot_download("{known.id}")',
+        adapter_folder=f'"{_HERE}"' if repo_id is None else f'snapshot_download("{repo_id}")',
         version=config.format_version,
         experts=config.num_experts,
         r=config.r,
         scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",
         routing=routing_in_words(config),
+        training=_TRAINING.format(words=training) if training else "",
         contents=_contents(config, tensors) if tensors else "",
         ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
+    return f"{text}\n<!-- card {_sum(text + chr(10))}: without this line no save replaces it -->\n"
 
 
 def _naming(metadata: str, known: HubName | None) -> str:

@@ -11,12 +11,12 @@ import numpy as np
 
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
 from moe_lora_interop.checkpoint.base_tensors import warn_of_base_tensors
-from moe_lora_interop.checkpoint.card import CARD_NAME, end_ids_beside, model_card
+from moe_lora_interop.checkpoint.card import CARD_NAME, new_card
 from moe_lora_interop.checkpoint.directory import Directory
 from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
 from moe_lora_interop.checkpoint.store import checkpoint_files, store
 from moe_lora_interop.dialects.registry import dialect_named, file_dialects
-from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_files, will_remain
+from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_files
 from moe_lora_interop.disk.digest import begun
 from moe_lora_interop.disk.dtypes import STORED
 from moe_lora_interop.disk.files import TensorInfo
@@ -135,10 +135,10 @@ def write(
     target = Path(directory)
     if table.has_own_file and (target / "config.json").exists():  # its file is called as a model's is
         raise CheckpointError(f"{target} is a model's directory", [f"{target / table.weights}: expected another place"])
-    if table.card and not will_remain(target, CARD_NAME):
-        infos = {n: TensorInfo(STORED[t.dtype.name], t.shape) for n, t in tensors.items()}
-        card = model_card(config, infos, end_ids=end_ids_beside(target))
-        writers[CARD_NAME] = lambda p: p.write_text(card, "utf-8", errors="replace")
+    if table.card:
+        card = new_card(target, config, {n: TensorInfo(STORED[t.dtype.name], t.shape) for n, t in tensors.items()})
+        if card is not None:
+            writers[CARD_NAME] = lambda p: p.write_text(card, "utf-8", errors="replace")
     state = begun(config.semantic_dict(), tensors, table.header(raw)) if table.signed else None
     writers |= store(table, raw, tensors, state)
     replace_files(target, writers, stale=checkpoint_files(target, file_dialects()))

@@ -26,6 +26,7 @@ SUMMARIES = {
     "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.",
     "measure": "Measure a mixture on data: its mean gates for `export --gates`, or what an export costs.",
     "plan": "Say whether a training run fits on devices that are not here, and what a step costs.",
+    "push": "Check an adapter, and upload it to the Hugging Face Hub. Exit code 1: it is not sound, and stays here.",
     "quickstart": "Train a small mixture, show what its experts do, and load it in PyTorch PEFT.",
     "report": "Write a page about an adapter: what its experts do, how alike they are, how training went.",
     "run": "Run a Python script with the PEFT method MOE_LORA registered, although it never imports it.",

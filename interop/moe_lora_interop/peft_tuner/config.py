@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from moe_lora_interop.checkpoint.card import describe
+from moe_lora_interop.checkpoint.card import CARD_NAME, new_card
 from moe_lora_interop.config import adapter_config as neutral_config
 from moe_lora_interop.disk.files import WEIGHTS_NAME, read_header
 
@@ -63,7 +63,9 @@ class MoeLoraConfig(_Fields):  # type: ignore[misc, valid-type]
         directory = Path(save_directory)
         weights = directory / WEIGHTS_NAME
         infos = read_header(weights)[0] if weights.exists() else {}
-        describe(directory, self.neutral, infos)
+        card = new_card(directory, self.neutral, infos)
+        if card is not None:
+            (directory / CARD_NAME).write_text(card, "utf-8", errors="replace")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
