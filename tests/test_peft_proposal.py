@@ -30,7 +30,7 @@ def base():
     return transformers.AutoModelForCausalLM.from_pretrained("base")
 def check(model):
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids).logits, logits)
+        torch.testing.assert_close(model.eval()(ids).logits, logits, atol=1e-5, rtol=0)  # eager there, SDPA here
 try:
     peft.PEFT_TYPE_TO_CONFIG_MAPPING["NOBODYS"]
 except KeyError as error:
