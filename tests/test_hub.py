@@ -62,6 +62,8 @@ for folder in (mine, damaged):
 moe_lora_interop.write(adapter, other, "mole")
 (mine / "training").mkdir()
 (mine / "training" / "checkpoint").write_bytes(b"large")
+(mine / "tokenizer.json").write_text("{}")
+(mine / "private.json").write_text("{}")
 weights = bytearray((damaged / "adapter_model.safetensors").read_bytes())
 weights[-3] ^= 1
 (damaged / "adapter_model.safetensors").write_bytes(weights)
@@ -161,7 +163,7 @@ def test_the_verb_pushes_what_is_sound_and_nothing_else(hub, tmp_path):
     assert "found layout mole, expected native: `moe-lora convert` writes it" in answers["layout"]
     assert "user/damaged" not in repositories and "user/other" not in repositories
     pushed = repositories["user/pushed"]
-    assert set(pushed) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(pushed) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert pushed[name] == (folder / "mine" / name).read_bytes()
     assert repositories["user/mine"]["README.md"] == b"# Mine"

@@ -20,6 +20,7 @@ GROUP = "moe_lora.verbs"
 SUMMARIES = {
     "combine": "Make ordinary LoRA adapters the experts of a mixture.",
     "convert": "Convert an adapter from one layout to another. `moe-lora layouts` lists them.",
+    "data": "Show what `train` makes of a data file: lengths, and examples with the tokens that count marked.",
     "layouts": "List the layouts: where each comes from, what must be given, what it can and cannot express.",
     "export": "Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.",
     "generate": "Continue a prompt, with or without an adapter.",

@@ -13,7 +13,9 @@ from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.disk.files import CONFIG_NAME, WEIGHTS_NAME
 from moe_lora_interop.errors import CheckpointError
 
-NEEDED, OPTIONAL = (CONFIG_NAME, WEIGHTS_NAME), (GENERATION_CONFIG,)
+NEEDED = (CONFIG_NAME, WEIGHTS_NAME)
+# what trainers leave beside them: where a text ends, and the tokenizer, perhaps with a template of its own
+OPTIONAL = (GENERATION_CONFIG, "tokenizer*", "*tokens*.json", "vocab.*", "merges.txt", "chat_template.jinja")
 
 
 def push(
@@ -28,9 +30,9 @@ def push(
 ) -> int:
     """Check an adapter, and upload it to the Hugging Face Hub. Exit code 1: it is not sound, and stays here.
 
-    One commit with the config, the tensors, a generation_config.json if there is one, and README.md: yours, or a card
-    that names the place on the Hub and how it was trained. Nothing else of the directory is sent, and nothing in it is
-    changed. Who you are says `hf auth login` or HF_TOKEN.
+    One commit with the config, the tensors, a tokenizer and a generation_config.json if they are there, and README.md:
+    yours, or a card that names the place on the Hub and how it was trained. Nothing else of the directory is sent, and
+    nothing in it is changed. Who you are says `hf auth login` or HF_TOKEN.
 
     Args:
         directory: The adapter's directory, in the native layout (`moe-lora convert` writes it).
@@ -52,8 +54,8 @@ def push(
             problem = f"{directory}: found layout {found.layout}, expected native: `moe-lora convert` writes it"
             raise CheckpointError("cannot push", [problem])
     card = new_card(directory, found.config, found.tensors, repo_id=repo)
-    names = [*NEEDED, *(name for name in OPTIONAL if (directory / name).is_file())]
-    contents: dict[str, Path | bytes] = {name: directory / name for name in names}
+    others = sorted(path for pattern in OPTIONAL for path in directory.glob(pattern) if path.is_file())
+    contents: dict[str, Path | bytes] = {path.name: path for path in (*(directory / name for name in NEEDED), *others)}
     contents[CARD_NAME] = directory / CARD_NAME if card is None else card.encode(errors="replace")
     with shell.progress(f"uploading to {repo}"):
         url = _uploaded(repo, contents, private=private, message=message)
