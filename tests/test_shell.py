@@ -51,7 +51,7 @@ COMMANDS = {
         ["starting JAX", "reading the model and the data", "compiling the step", "training: loss", "2/2"],
     ),
     "push": ("push trained user/trained", "", ["checking", "uploading to user/trained"]),
-    "data": ("data data.jsonl --model base", "carries", ["reading"]),
+    "data": ("data data.jsonl --model base", "line 1, ", ["reading"]),
     "plan": (
         "plan --config base --topology v5e:1x1 --seq 16 --batch 1 --num-experts 2 --target-modules q_proj",
         "fits",

@@ -45,7 +45,7 @@ def data(
         tokenizer = load_tokenizer(model, chat_template)
         vocabulary = read_json(model / "config.json").get("vocab_size")
         found = read_data(file, tokenizer, max_length=max_length, vocab_size=vocabulary)
-    shown = [
+    shown: list[dict[str, Any]] = [
         {"line": e.line, "tokens": len(e.ids), "parts": list(parts(tokenizer, e.ids, e.counted))}
         for e in islice(found.examples, show)
     ]
