@@ -183,8 +183,19 @@ def when_due(path: tuple[Any, ...], variable: Any, mesh: Mesh) -> NamedSharding 
     if "fsdp" not in mesh.axis_names or not _has_features(path, variable):
         return None
     kernel = ".".join(str(part) for part in path[:-1] if part not in ("base_layer", "router")) + ".kernel"
-    spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, kernel)), PartitionSpec())
+    spec = _rule(kernel)
     return _spread(path, variable, [axis for axis in _own(path, spec, mesh) if axis != "fsdp"], mesh)
+
+
+def base_when_due(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The same for a base weight of this dotted path that is used several times: XLA would gather it each time."""
+    entries = [[axis for axis in _on(mesh, entry) if axis != "fsdp"] for entry in _rule(name)]
+    axes = [dividing(size, entry, mesh) or None for size, entry in zip(shape, entries, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def _rule(name: str) -> PartitionSpec:
+    return next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), PartitionSpec())
 
 
 def _spread(path: tuple[Any, ...], variable: Any, axes: Sequence[str], mesh: Mesh) -> NamedSharding:

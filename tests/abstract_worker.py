@@ -18,7 +18,7 @@ NOISY = {"lora_dropout": 0.1, "router_jitter_noise": 0.1, "expert_dropout": 0.1}
 FFN = {**ALL, "scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]}
 CASES = {
     "no mesh": ({}, {**ALL, **NOISY}, {}, "all"),
-    "fsdp": ({"fsdp": 8}, ALL, {"scan_layers": True, "remat": True}, "all"),
+    "fsdp": ({"fsdp": 8}, ALL, {"scan_layers": True}, "all"),
     "mixed, ffn": ({"data": 2, "fsdp": 2, "tensor": 2}, FFN, {"scan_layers": True}, "all"),
     "expert, routers only": ({"expert": 4, "data": 2}, {**ALL, **NOISY}, {"dtype": "bfloat16"}, "router"),
     "model": ({"tensor": 2, "data": 4}, {**ALL, "scope": "model"}, {"scan_layers": True}, "experts"),

@@ -32,7 +32,7 @@ MESHES = {
 }
 VARIANTS = {
     "": {},
-    "scan": {"scan": True},
+    "scan": {"scan": True, "loss_chunk": 7},  # which does not divide 24
     "ffn": {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "model": {"scope": "model"},
     "gemma": {},
@@ -48,13 +48,13 @@ def batch() -> Batch:
     return jax.tree.map(lambda x: x.reshape(2, 8, -1), rows)
 
 
-def trained(base: Path, mesh: dict[str, int] | None, **fields) -> dict:
+def trained(base: Path, mesh: dict[str, int] | None, loss_chunk: int | None = None, **fields) -> dict:
     """Ten steps: their losses, the trained adapter, what the layers then answer, and the program's collectives."""
     model = adapted(base, mesh, **FIELDS, **fields)
     optimizer = optax.sgd(0.5)
     model.train()
     graphdef, state, frozen = split_model(model, PARTS["all"], optimizer)
-    step = make_train_step(graphdef, optimizer, model.moe_lora_config, state)
+    step = make_train_step(graphdef, optimizer, model.moe_lora_config, state, loss_chunk=loss_chunk)
     rows = put_rows(batch(), mesh_of(model), axis=1)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = step.lower(state, frozen, rows).compile().as_text()

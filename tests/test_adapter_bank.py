@@ -95,7 +95,7 @@ def test_the_adapters_of_these_tests_differ(alone):
             assert np.abs(alone[one] - alone[other]).max() > 1e-2 * np.abs(alone[one]).max()
 
 
-@pytest.mark.parametrize("options", [{}, dict(scan_layers=True, remat=True)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(scan_layers=True)], ids=str)
 def test_every_row_is_that_of_its_adapter_alone(base, adapters, alone, options):
     bank = bank_of(base, adapters, **options)
     for rows in (ROWS, ["a"] * 5, ["c", "c", "a", "b", "__base__"]):

@@ -1,21 +1,27 @@
 """Layers as one scan, and rematerialised: the same values, gradients, router outputs and files as the plain loop."""
 
+from collections import Counter
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_training import LLAMA
 
 import moe_lora_jax as mlj
 from moe_lora_jax.models import load_base_model
+from moe_lora_jax.models.remat import KEPT, OFFLOADED, Remat
 from tests.hf import VOCAB, Saved
 
 SWITCHES = {
-    "scan": dict(scan_layers=True),
-    "remat": dict(remat=True),
-    "scan_remat": dict(scan_layers=True, remat=True),
-    "scan_policy": dict(scan_layers=True, remat="dots_saveable"),
+    "scan": dict(scan_layers=True, remat="none"),
+    "remat": dict(remat="full"),
+    "scan_remat": dict(scan_layers=True),
+    "scan_policy": dict(scan_layers=True, remat="minimal"),
 }
+SIZES = {**LLAMA, "num_hidden_layers": 2}
 ADAPTERS = {
     "linear": dict(top_k=2),
     "ffn": dict(top_k=2, scope="ffn", target_modules=["gate_proj", "up_proj", "down_proj"]),
@@ -95,6 +101,60 @@ def test_the_switches_change_nothing(adapter, switches, saved, tmp_path):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "switched" / name).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def plain(saved):
+    return {name: outcome(load(saved, "llama", ADAPTERS[name]))[0] for name in ("linear", "ffn")}
+
+
+@pytest.mark.parametrize("adapter", ["linear", "ffn"])
+@pytest.mark.parametrize("policy", [name for name in get_args(Remat) if name not in ("none", "full")])
+def test_every_policy_gives_the_same_gradients(policy, adapter, plain, saved):
+    assert_same(outcome(load(saved, "llama", ADAPTERS[adapter], scan_layers=True, remat=policy))[0], plain[adapter])
+
+
+def residuals(remat: str, **adapter) -> Counter:
+    """{where: how many numbers the forward scan leaves there for the backward one}."""
+    model = mlj.abstract_base_model(SIZES, dtype="float32", scan_layers=True, remat=remat)
+    fields = {"target_modules": "all-linear", **adapter}
+    mlj.apply_moe_lora(model, mlj.MoeLoraConfig(r=2, num_experts=3, top_k=2, **fields), rngs=nnx.Rngs(0))
+    graph, adapter, rest = nnx.split(model, mlj.MoeLoraParam, ...)
+    loss = lambda adapter, rest, ids: jnp.sum(nnx.merge(graph, adapter, rest, copy=True)(ids) ** 2)  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(adapter, rest, jax.ShapeDtypeStruct((2, 12), jnp.int32))
+    _, *left = next(e for e in jaxpr.eqns if e.primitive.name == "scan").outvars
+    found: Counter = Counter()
+    for variable in left:
+        found["host" if "<host>" in variable.aval.str_short() else "device"] += variable.aval.size
+    return found
+
+
+WIDTHS = {
+    "query_proj": 32,
+    "key_proj": 16,
+    "value_proj": 16,
+    "context": 32,
+    "out_proj": 32,
+    "mlpwi_0": 48,
+    "mlpwi_1": 48,
+}
+WIDTHS |= {"mlpwo": 0}  # what is only added to the next layer's input has no use backwards
+
+
+def test_a_policy_keeps_what_it_says():
+    tokens, layers, hidden = 2 * 12, 2, 32
+    for policy, names in {**KEPT, **OFFLOADED}.items():
+        expected = Counter(device=tokens * layers * hidden)  # the layers' inputs
+        expected["host" if policy in OFFLOADED else "device"] += tokens * layers * sum(WIDTHS[name] for name in names)
+        assert residuals(policy) == expected, policy
+    assert sum(residuals("none").values()) > sum(residuals("minimal_with_context").values())
+
+
+def test_an_expert_block_keeps_what_each_of_its_runs_gives():
+    """top_k 2: two slots of gate and up each."""
+    ffn = {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    kept = {policy: residuals(policy, **ffn)["device"] for policy in ("save_dot_except_mlp", "minimal")}
+    assert kept["minimal"] - kept["save_dot_except_mlp"] == 2 * 12 * 2 * 2 * (48 + 48)
+
+
 @pytest.mark.parametrize("case", ["gemma2", "gemma3", "qwen2", "mistral"])  # windows and rotations that differ by layer
 def test_layers_with_windows_and_rotations_of_their_own(case, saved):
     ids = np.random.default_rng(0).integers(3, VOCAB, (2, 24))
@@ -133,5 +193,8 @@ def test_what_cannot_be_scanned_is_refused(saved):
     ranks = load(saved, "llama", dict(rank_pattern={r".*layers\.1\..*": 4}), scan_layers=True)
     with pytest.raises(ValueError, match="scan_layers: found layer 1 unlike layer 0"):
         ranks(ids)
-    with pytest.raises(ValueError, match="remat: found 'everything', expected True, False or one of dots_saveable"):
-        load_base_model(saved("llama")[1], remat="everything")
+    for wrong in ("everything", True):
+        with pytest.raises(
+            ValueError, match=f"remat: found {wrong!r}, expected None or one of none, full, save_out_proj"
+        ):
+            load_base_model(saved("llama")[1], remat=wrong)

@@ -49,7 +49,7 @@ TINY = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-WORDS = "--topology v5e:2x2 --mesh fsdp=4 --seq 128 --batch 16 --gradient-accumulation 2 --scan-layers --remat"
+WORDS = "--topology v5e:2x2 --mesh fsdp=4 --seq 128 --batch 16 --gradient-accumulation 2 --scan-layers"
 WORDS += " --num-experts 4 --r 8 --top-k 2 --target-modules q_proj down_proj"
 MIXTURE = mlj.MoeLoraConfig(r=8, num_experts=4, top_k=2, target_modules=["q_proj", "down_proj"])
 
@@ -84,7 +84,7 @@ def told(config):
 def real_states(fields: mlj.MoeLoraConfig):
     """The states of a model with all its arrays, as `train` makes them, here on one device."""
     model = CausalLM(DecoderConfig.from_hf(TINY), rngs=nnx.Rngs(0))
-    model.model.scan_layers, model.model.remat = True, True
+    model.model.scan_layers, model.model.remat = True, "full"
     mlj.apply_moe_lora(model, fields, rngs=nnx.Rngs(0))
     model.train()
     optimizer = adamw(warmup_cosine(2e-4, 0, 10), weight_decay=0.0, max_grad_norm=1.0)
@@ -95,7 +95,7 @@ def real_states(fields: mlj.MoeLoraConfig):
 def test_the_numbers_are_those_of_the_real_step(told):
     """The arrays' own shapes, laid on the chips like the states of shapes, through the step that trains."""
     mesh = mlj.make_mesh({"fsdp": 4}, devices=topology("v5e:2x2").devices)
-    shapes = mlj.abstract_base_model(TINY, scan_layers=True, remat=True, mesh=mesh)
+    shapes = mlj.abstract_base_model(TINY, scan_layers=True, mesh=mesh)
     mlj.apply_moe_lora(shapes, MIXTURE, rngs=nnx.Rngs(0))
     shapes.train()
     model, optimizer, graphdef, state, frozen = real_states(MIXTURE)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import moe_lora_jax as mlj
 from moe_lora_jax.compiled import topology
+from moe_lora_jax.compiled.hlo import read_hlo
 from moe_lora_jax.sharding import make_mesh, row_sharding
 from moe_lora_jax.train import Batch, TrainSettings
 from moe_lora_jax.train.setup import set_up
@@ -20,7 +21,7 @@ from moe_lora_jax.train.setup import set_up
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU's compiler is the extra [plan]"
 )
-CHIPS, LENGTH = 4, 512
+CHIPS, LENGTH, CHUNK = 4, 512, 128
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -85,12 +86,12 @@ def test_an_adapter_lies_by_the_rule_read_aloud(sizes, fields, expected):
 
 @pytest.fixture(scope="module")
 def compiled() -> jax.stages.Compiled:
-    """One row of tokens on each chip; layers as a scan, recomputed in the backward pass."""
+    """One row of tokens on each chip; layers as a scan, recomputed in the backward pass; the loss in four chunks."""
     mesh = make_mesh({"fsdp": CHIPS}, devices=topology("v5e:2x2").devices)
-    model = mlj.abstract_base_model(LLAMA, dtype="bfloat16", scan_layers=True, remat=True, mesh=mesh)
+    model = mlj.abstract_base_model(LLAMA, dtype="bfloat16", scan_layers=True, mesh=mesh)
     config = mlj.MoeLoraConfig(r=16, num_experts=8, top_k=2, target_modules="all-linear")
     mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0))
-    setup = set_up(model, model.moe_lora_config, TrainSettings(batch_size=CHIPS, steps=1), 1)
+    setup = set_up(model, model.moe_lora_config, TrainSettings(batch_size=CHIPS, loss_chunk=CHUNK, steps=1), 1)
     rows = [
         jax.ShapeDtypeStruct((1, CHIPS, LENGTH), dtype, sharding=row_sharding(mesh, axis=1))
         for dtype in (jnp.int32, jnp.int32, jnp.bool)
@@ -117,6 +118,21 @@ def test_the_table_is_not_gathered(compiled):
     assert "1024,32768" in gathered and "32768,1024" not in gathered
 
 
+def test_the_head_is_gathered_once_and_logits_exist_for_a_chunk(compiled):
+    """Before the loops over chunks, forwards and backwards."""
+    program = read_hlo(compiled.as_text())
+    gathers = [
+        where
+        for where, instructions in program.computations.items()
+        for i in instructions
+        if i.opcode.startswith("all-gather") and "bf16[1024,32768]" in i.shape
+    ]
+    assert gathers == [program.entry]
+    arrays = set(re.findall(r"\w+\[([\d,]*)\]", compiled.as_text()))
+    assert f"{CHUNK},32768" in arrays and not {f"{LENGTH},32768", f"1,{LENGTH},32768"} & arrays
+
+
 def test_it_needs_what_was_measured(compiled):
-    """44.7 MiB; 117.7 with whole adapters, a gathered table and fp32 logits (64 MiB each of the last two)."""
-    assert compiled.memory_analysis().temp_size_in_bytes < 50 * MIB
+    """28.9 MiB; 44.7 with bf16 logits of all tokens; 117.7 with whole adapters, a gathered table and fp32 logits too
+    (64 MiB each of the last two)."""
+    assert compiled.memory_analysis().temp_size_in_bytes < 33 * MIB

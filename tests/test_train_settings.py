@@ -25,6 +25,7 @@ from moe_lora_jax.train.settings import TrainSettings
             {"matmul_precision": "fp32"},
             "matmul_precision: found 'fp32', expected null or one of default, high, highest",
         ),
+        ({"loss_chunk": 0}, "loss_chunk: found 0, expected null or an integer >= 1"),
         ({"eval_every": 0}, "eval_every: found 0"),
         ({"checkpoint_every": 0}, "checkpoint_every: found 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints: found 0"),
@@ -60,10 +61,11 @@ def test_total_epochs_hold_enough_full_batches():
 
 def test_a_continuation_may_change_what_is_shown_and_kept_only():
     free = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "save_best", "report_to", "resume"}
-    assert set(TrainSettings(matmul_precision="high").fixed()) == set(TrainSettings.__dataclass_fields__) - free
+    settings = TrainSettings(matmul_precision="high", loss_chunk=128)
+    assert set(settings.fixed()) == set(TrainSettings.__dataclass_fields__) - free
 
 
-def test_runs_from_before_there_was_a_matmul_precision_are_continued_without_one():
+def test_runs_from_before_there_were_some_settings_are_continued_without_them():
     before = {"epochs", "steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_steps"}
     before |= {"weight_decay", "max_grad_norm", "train_only", "seed"}
     assert set(TrainSettings().fixed()) == before

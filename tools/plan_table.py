@@ -37,7 +37,7 @@ def command(model: str, devices: str) -> list[str]:
     """One row of tokens on every device, all linear layers, 8 experts of rank 16, top 2, against LoRA of rank 128."""
     number = DEVICES[devices]
     words = f"--config tools/shapes/{MODELS[model]}.json --topology {devices} --mesh fsdp={number}"
-    words += f" --batch {number} --seq {TOKENS} --num-experts 8 --r 16 --top-k 2 --scan-layers --remat --compare lora"
+    words += f" --batch {number} --seq {TOKENS} --num-experts 8 --r 16 --top-k 2 --scan-layers --compare lora"
     return words.split()
 
 

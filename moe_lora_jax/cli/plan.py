@@ -40,6 +40,7 @@ def plan(
     seq: Annotated[int, tyro.conf.arg(aliases=("--max-length",))],
     batch_size: Annotated[int, tyro.conf.arg(aliases=("--batch",))] = TrainSettings.batch_size,
     gradient_accumulation: int = TrainSettings.gradient_accumulation,
+    loss_chunk: int | None = TrainSettings.loss_chunk,
     train_only: Literal["all", "router", "experts"] = TrainSettings.train_only,
     weight_decay: float = TrainSettings.weight_decay,
     max_grad_norm: float | None = TrainSettings.max_grad_norm,
@@ -61,6 +62,7 @@ def plan(
         seq: tokens of the longest row.
         batch_size: rows of one forward pass.
         gradient_accumulation: forward passes per optimizer step.
+        loss_chunk: tokens of a row whose logits exist at once; None chooses as train does.
         train_only: all, or only the router or the experts.
         weight_decay: of AdamW.
         max_grad_norm: the gradient's global norm is clipped to this; None does not clip.
@@ -74,6 +76,7 @@ def plan(
     settings = TrainSettings(
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
+        loss_chunk=loss_chunk,
         train_only=train_only,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,

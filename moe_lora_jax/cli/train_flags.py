@@ -10,6 +10,7 @@ import tyro
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.errors import ConfigError
+from moe_lora_jax.models.remat import Remat
 from moe_lora_jax.train.settings import TrainSettings
 
 ALL_LINEAR = "all-linear"
@@ -143,14 +144,15 @@ class ProgramFlags:
     Args:
         dtype: of the base model.
         scan_layers: compile the layers as one loop: a smaller program, and what remat needs to save memory on a CPU.
-        remat: compute each layer's activations again in the backward pass instead of keeping them.
+        remat: what of a layer is kept for the backward pass, which computes the rest again: full keeps its input alone,
+            minimal all its products too (MaxText's names).
         mesh: spread the run over all devices, e.g. data=2 fsdp=4; the axes are data, fsdp, tensor and expert. With
             several processes, data alone if nothing is given.
     """
 
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     scan_layers: bool = False
-    remat: bool = False
+    remat: Annotated[Remat | None, otherwise("full with scan_layers, else none")] = None
     mesh: tuple[str, ...] = ()
 
     def axes(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from moe_lora_interop.disk.model_directory import INDEX, SINGLE, WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DecoderConfig
-from moe_lora_jax.models.repeat import check_remat
+from moe_lora_jax.models.remat import Remat, checked
 from moe_lora_jax.sharding import RULES, Rules, automatic, put, shardings
 
 # Written by old transformers; recomputed from the config.
@@ -29,7 +29,7 @@ def abstract_base_model(
     *,
     dtype: Any = None,
     scan_layers: bool = False,
-    remat: bool | str = False,
+    remat: Remat | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> CausalLM:
@@ -63,12 +63,12 @@ def abstract_base_model(
 
 
 def abstract_model(
-    config: DecoderConfig, *, scan_layers: bool, remat: bool | str, mesh: Mesh | None, rules: Rules
+    config: DecoderConfig, *, scan_layers: bool, remat: Remat | None, mesh: Mesh | None, rules: Rules
 ) -> CausalLM:
     """The model of a config, in shapes that lie where the rules say; see `load_base_model` for the arguments."""
-    check_remat(remat)
+    policy = checked(remat, scan_layers=scan_layers)
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
-    model.model.scan_layers, model.model.remat = scan_layers, remat
+    model.model.scan_layers, model.model.remat = scan_layers, policy
     if mesh is None:
         return model
     model.model.mesh = automatic(mesh)

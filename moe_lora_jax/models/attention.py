@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_lora_jax.models.cache import write
 from moe_lora_jax.models.config import DecoderConfig
@@ -85,9 +86,9 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x`: [batch * seq, hidden] -> the same shape, and the cache with the new keys and values if one was given."""
-        query = self._heads(self.q_proj(x), batch)
-        key = self._heads(self.k_proj(x), batch)
-        value = self._heads(self.v_proj(x), batch)
+        query = self._heads(checkpoint_name(self.q_proj(x), "query_proj"), batch)
+        key = self._heads(checkpoint_name(self.k_proj(x), "key_proj"), batch)
+        value = self._heads(checkpoint_name(self.v_proj(x), "value_proj"), batch)
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -95,7 +96,8 @@ class Attention(nnx.Module):
             cache = LayerCache(write(cache.keys, key, cache.slot), write(cache.values, value, cache.slot), cache.slot)
             key, value = cache.keys, cache.values
         mixed = attend(query, key, value, mask, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], -1)), cache
+        mixed = checkpoint_name(mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], -1), "context")
+        return checkpoint_name(self.o_proj(mixed), "out_proj"), cache
 
     def _heads(self, x: jax.Array, batch: int) -> jax.Array:
         """[batch * seq, heads * head_dim] -> [batch, heads, seq, head_dim]."""

@@ -1,5 +1,7 @@
 """The language model: a decoder and its output head."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,8 +16,10 @@ from moe_lora_jax.layers.router_outputs import router_outputs
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.decoder import Decoder
+from moe_lora_jax.models.head import Matrix, matrix_of, product
 from moe_lora_jax.models.precision import in_its_precision
 from moe_lora_jax.models.vocabulary import check_ids, given_ids
+from moe_lora_jax.sharding import base_when_due
 
 Cache = KVCache | tuple[KVCache, KVCache]
 
@@ -67,9 +71,13 @@ class CausalLM(nnx.Module):
         arguments = {"cache": cache, "positions": positions, "segment_ids": segment_ids, "task_ids": task_ids}
         if not return_router:
             return self._logits(input_ids, attention_mask, **arguments)
-        logits, records = nnx.capture(self._logits, RouterRecord)(input_ids, attention_mask, **arguments)
-        router = router_outputs(records, getattr(self, "moe_lora_config", None), input_ids.shape)
+        logits, router = self.with_router(self._logits, input_ids, attention_mask, **arguments)
         return (logits, router) if cache is None else (*logits, router)
+
+    def with_router(self, method: Callable[..., Any], input_ids: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """What a method of this model returns, for example `hidden_states`, and its {module path: RouterOutput}."""
+        returned, records = nnx.capture(method, RouterRecord)(input_ids, *args, **kwargs)
+        return returned, router_outputs(records, getattr(self, "moe_lora_config", None), input_ids.shape)
 
     def _logits(self, input_ids: jax.Array, attention_mask: jax.Array | None, **arguments: Any) -> Any:
         hidden = self.hidden_states(input_ids, attention_mask, **arguments)
@@ -180,11 +188,35 @@ class CausalLM(nnx.Module):
         names = [".".join(map(str, p)) for p, m in nnx.iter_modules(self.model) if linear_map(m, {})]
         return traversal_order(f"model.{name}" for name in names)
 
-    @in_its_precision
     def head(self, hidden: jax.Array) -> jax.Array:
         """Logits of final hidden states: [..., hidden] -> [..., vocab], in the dtype of the weights."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        logits = self.model.embed_tokens.attend(flat) if self.config.tie_word_embeddings else self.lm_head(flat)
+        return self._scores(hidden, matrix_of(self._head_layer), None)
+
+    def scorer(self) -> Callable[[jax.Array], jax.Array] | None:
+        """`head` for many calls within one program, its sums in fp32 not rounded; None if an adapter is at the head.
+
+        On a mesh, the head's matrix is gathered over "fsdp" here, once for all calls.
+        """
+        matrix = matrix_of(self._head_layer)
+        if matrix is None:
+            return None
+        mesh = self.model.mesh
+        if mesh is not None and isinstance(matrix, jax.Array):
+            where = base_when_due("lm_head.kernel", matrix.shape, mesh)
+            matrix = jax.lax.with_sharding_constraint(matrix, where)
+        return partial(self._scores, matrix=matrix, dtype=jnp.float32)
+
+    @property
+    def _head_layer(self) -> Any:
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @in_its_precision
+    def _scores(self, hidden: jax.Array, matrix: Matrix | None, dtype: Any) -> jax.Array:
+        flat, tied = hidden.reshape(-1, hidden.shape[-1]), self.config.tie_word_embeddings
+        if matrix is not None:
+            logits = product(flat, matrix, tied=tied, dtype=dtype)
+        else:
+            logits = self._head_layer.attend(flat) if tied else self.lm_head(flat)
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)

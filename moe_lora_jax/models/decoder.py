@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_lora_jax.models.activations import ACTIVATIONS
@@ -33,7 +34,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[tokens, hidden] -> [tokens, hidden]."""
-        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = checkpoint_name(self.gate_proj(x), "mlpwi_0"), checkpoint_name(self.up_proj(x), "mlpwi_1")
+        return checkpoint_name(self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up), "mlpwo")
 
 
 class DecoderLayer(nnx.Module):
@@ -81,7 +83,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scan_layers: bool = False
-        self.remat: bool | str = False
+        self.remat: str = "none"
         self.mesh: Mesh | None = None
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
@@ -131,7 +133,7 @@ class Decoder(nnx.Module):
         pairs = list(zip(config.layer_ropes, config.layer_windows, strict=True))
         kinds = list(dict.fromkeys(pairs))
         contexts = [(rotary[rope], masks[window]) for rope, window in kinds]
-        if cache is None and (self.scan_layers or self.remat):
+        if cache is None and (self.scan_layers or self.remat != "none"):
             x = run_layers(
                 self.layers,
                 x,

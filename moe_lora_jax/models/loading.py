@@ -18,6 +18,7 @@ from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.models.abstract import INERT, abstract_model, checked_dtype, stored_dtype
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DecoderConfig
+from moe_lora_jax.models.remat import Remat
 from moe_lora_jax.sharding import RULES, Rules, read_sharded
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -28,7 +29,7 @@ def load_base_model(
     *,
     dtype: Any = None,
     scan_layers: bool = False,
-    remat: bool | str = False,
+    remat: Remat | None = None,
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> CausalLM:
@@ -45,8 +46,10 @@ def load_base_model(
         dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
         scan_layers: run the layers as one scan, for a train step whose program does not grow with their number.
             Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) still loop.
-        remat: recompute each layer in the backward pass: True, or a name of `models.repeat.POLICIES`. Saves memory on
-            the CPU only together with `scan_layers`. Neither switch changes values, names or files.
+        remat: what of a layer is kept for the backward pass, which computes the rest again: "none" computes nothing
+            again, "full" keeps the layer's input alone, "minimal" all its products too; `models.remat` has more. None:
+            "full" with `scan_layers`, else "none". Saves memory on the CPU only together with `scan_layers`. Neither
+            switch changes values, names or files.
         mesh: devices to spread the weights over, with some of the axes "data", "fsdp", "tensor" and "expert".
         rules: which axis of which weight goes where.
 

@@ -41,13 +41,13 @@ class QuantizedWeight(nnx.Module):
         """Rows of the matrix: [..., columns]."""
         return self._dequantized(self.codes[...][ids], self.scales[...][ids])
 
-    def matmul(self, x: jax.Array, *, transposed: bool = False) -> jax.Array:
-        """x W, or x W^T. Only the codes are kept for the gradient of x."""
+    def matmul(self, x: jax.Array, *, transposed: bool = False, dtype: Any = None) -> jax.Array:
+        """x W, or x W^T, rounded to `dtype`; None: to W's. Only the codes are kept for the gradient of x."""
 
         @jax.checkpoint
         def product(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
             weight = self._dequantized(codes, scales)
-            return jnp.matmul(x, weight.T if transposed else weight)
+            return jnp.matmul(x, weight.T if transposed else weight, preferred_element_type=dtype)
 
         return product(x, self.codes[...], self.scales[...])
 

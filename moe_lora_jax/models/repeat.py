@@ -13,14 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_lora_jax.layers.shared import Shared
-
-POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable", "nothing_saveable")
-
-
-def check_remat(remat: bool | str) -> None:
-    """Raises ValueError unless `remat` is a bool or the name of a policy of `jax.checkpoint_policies`."""
-    if not isinstance(remat, bool) and remat not in POLICIES:
-        raise ValueError(f"remat: found {remat!r}, expected True, False or one of {', '.join(POLICIES)}")
+from moe_lora_jax.models.remat import with_remat
 
 
 def run_layers(
@@ -31,7 +24,7 @@ def run_layers(
     kinds: Sequence[int],
     *,
     scan: bool,
-    remat: bool | str,
+    remat: str,
 ) -> jax.Array:
     """x after `x = call(layer, x, contexts[kind])` for every layer and its kind.
 
@@ -44,8 +37,7 @@ def run_layers(
         contexts: pytrees of arrays, one for each kind of layer, with shapes that broadcast to each other.
         kinds: the kind of each layer.
         scan: one `jax.lax.scan` over all layers instead of a loop.
-        remat: recompute each layer in the backward pass: True keeps only its input, a name of `POLICIES` what that
-            policy of `jax.checkpoint_policies` says.
+        remat: the policy by which each layer is computed again in the backward pass, see `remat`.
 
     Raises:
         ValueError: a scan over layers that differ.
@@ -63,10 +55,7 @@ def run_layers(
                 x = call(layer, x, context)
             return x, (nnx.state(layer, nnx.RngState), captured)
 
-        if not remat:
-            return run
-        policy = getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
-        return jax.checkpoint(run, policy=policy, prevent_cse=not scan)
+        return with_remat(run, remat, prevent_cse=not scan)
 
     if not scan:
         for layer, (graphdef, rng, shared, state), kind in zip(layers, parts, kinds, strict=True):

@@ -12,7 +12,8 @@ from moe_lora_jax.models.stacked import unstack_layers
 from moe_lora_jax.sharding import mesh_of, put_rows, replicated
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import TokenData, check_vocabulary
-from moe_lora_jax.train.losses import TokenLoss, next_token_loss
+from moe_lora_jax.train.losses import TokenLoss
+from moe_lora_jax.train.model_loss import model_loss
 from moe_lora_jax.train.step import Batch
 
 
@@ -33,20 +34,29 @@ def evaluate(model: nnx.Module, data: TokenData, *, batch_size: int = 8, pad_id:
 
 
 def mean_loss(
-    graphdef: nnx.GraphDef, states: tuple[nnx.State, ...], data: TokenData, *, batch_size: int, pad_id: int
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    data: TokenData,
+    *,
+    batch_size: int,
+    pad_id: int,
+    loss_chunk: int | None = None,
 ) -> tuple[float, int]:
-    """`evaluate` for a model that is split already; also returns the number of counted tokens."""
+    """`evaluate` for a model that is split already; also returns the number of counted tokens.
+
+    `loss_chunk` is that of `make_train_step`.
+    """
     nll, counted = 0.0, 0.0
     hosts = eval_batches(data.examples, batch_size=batch_size, pad_id=pad_id)
-    for mean, tokens in run_batches(batch_loss, graphdef, states, (host.batch for host in hosts)):
+    batches = (host.batch for host in hosts)
+    for mean, tokens in run_batches(batch_loss, graphdef, states, batches, arguments=(loss_chunk,)):
         nll, counted = nll + float(mean) * float(tokens), counted + float(tokens)
     return nll / counted, int(counted)
 
 
-def batch_loss(model: Any, batch: Batch) -> TokenLoss:
+def batch_loss(model: Any, batch: Batch, loss_chunk: int | None = None) -> TokenLoss:
     """The next-token loss of one batch."""
-    logits = model(batch.input_ids, **batch.arguments())
-    return next_token_loss(logits, batch.input_ids, batch.loss_mask)
+    return model_loss(model, batch.input_ids, batch.loss_mask, batch.arguments(), chunk=loss_chunk)[0]
 
 
 def split_for_evaluation(model: Any) -> tuple[nnx.GraphDef, tuple[nnx.State, ...]]:
@@ -56,12 +66,14 @@ def split_for_evaluation(model: Any) -> tuple[nnx.GraphDef, tuple[nnx.State, ...
 
 
 def run_batches(
-    compute: Callable[[Any, Batch], Any],
+    compute: Callable[..., Any],
     graphdef: nnx.GraphDef,
     states: tuple[nnx.State, ...],
     batches: Iterable[Batch],
+    *,
+    arguments: tuple[Any, ...] = (),
 ) -> Iterator[Any]:
-    """Yields compute(model, batch) of every batch, on the host; to sum up is the caller's part.
+    """Yields compute(model, batch, *arguments) of every batch, on the host; to sum up is the caller's part.
 
     The program is compiled once for a function, a graph and a shape. On a mesh the rows of a batch are spread over it,
     and what is computed is whole on every device.
@@ -71,21 +83,24 @@ def run_batches(
         graphdef: of the model, in evaluation mode.
         states: all of its states; the layers may be stacked (`models.stacked`).
         batches: of arrays [batch, seq].
+        arguments: that are part of the program: hashable.
     """
     mesh = mesh_of(states)
+    static: dict[str, Any] = {"compute": compute, "arguments": arguments, "graphdef": graphdef, "mesh": mesh}
     for batch in batches:
-        yield jax.device_get(_run(states, put_rows(batch, mesh), compute=compute, graphdef=graphdef, mesh=mesh))
+        yield jax.device_get(_run(states, put_rows(batch, mesh), **static))
 
 
-@partial(jax.jit, static_argnames=("compute", "graphdef", "mesh"))
+@partial(jax.jit, static_argnames=("compute", "arguments", "graphdef", "mesh"))
 def _run(
     states: tuple[nnx.State, ...],
     batch: Batch,
     *,
-    compute: Callable[[Any, Batch], Any],
+    compute: Callable[..., Any],
+    arguments: tuple[Any, ...],
     graphdef: nnx.GraphDef,
     mesh: Mesh | None,
 ) -> Any:
     model = nnx.merge(graphdef, *unstack_layers(states), copy=True)
-    computed = compute(model, batch)
+    computed = compute(model, batch, *arguments)
     return computed if mesh is None else jax.lax.with_sharding_constraint(computed, replicated(mesh))

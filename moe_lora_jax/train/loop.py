@@ -48,7 +48,7 @@ OnLog = Callable[[int, Mapping[str, Any]], Any]
 STEPS = (
     "a smaller batch_size, with as much more gradient_accumulation, computes the same step",
     "a smaller max_length: activations grow with batch_size and with the longest example",
-    "scan_layers and remat together (of `load_base_model` and of `moe-lora train`) keep no activations of a layer",
+    "scan_layers (of `load_base_model` and of `moe-lora train`) keeps no activations of a layer, unless remat says so",
     "the base model in bfloat16 takes half of float32 (dtype)",
     "every trained number takes 16 bytes: a smaller r, fewer num_experts or target_modules",
     "the directory keeps the failed run: choose another output_dir, or remove it",
@@ -238,8 +238,10 @@ class _Loop:
         """The loss on the evaluation data, logged."""
         assert self.eval_data is not None
         states = (self.state.trainable, self.state.rng, *self.frozen)
-        size, pad_id = self.settings.batch_size, self.pad_id
-        loss, tokens = mean_loss(self.evaluated, states, self.eval_data, batch_size=size, pad_id=pad_id)
+        size, chunk = self.settings.batch_size, self.settings.loss_chunk
+        loss, tokens = mean_loss(
+            self.evaluated, states, self.eval_data, batch_size=size, pad_id=self.pad_id, loss_chunk=chunk
+        )
         self.eval_losses[self.step] = loss
         self._log({"eval_loss": loss, "eval_tokens": tokens})
         is_best = self.kept is not None and self.kept.is_better(loss)

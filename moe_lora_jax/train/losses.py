@@ -6,10 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax.layers.gating import RouterOutput
 from moe_lora_jax.layers.router_outputs import alike
+
+LOG_SUM_EXP = "log_sum_exp"
+"""What `jax.checkpoint` keeps by this name: one number of each token."""
 
 
 class TokenLoss(NamedTuple):
@@ -31,15 +35,40 @@ def next_token_loss(logits: jax.Array, input_ids: jax.Array, loss_mask: jax.Arra
     Returns:
         The mean (0 if nothing counts) and the number of counted tokens.
     """
-    # The targets move, not the logits: a slice of them would be a copy in fp32.
-    scores = logits.astype(jnp.float32)
-    targets = jnp.roll(input_ids, -1, axis=1)
+    targets, counted = next_tokens(input_ids, loss_mask)
+    count = jnp.sum(counted)
+    return TokenLoss(summed_loss(logits, targets, counted) / jnp.maximum(count, 1.0), count)
+
+
+def next_tokens(input_ids: jax.Array, loss_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Every token's target, and 1.0 where that counts, [batch, seq].
+
+    The targets move, not the logits: a slice of those would be a copy in fp32.
+    """
     counted = jnp.roll(loss_mask, -1, axis=1).astype(jnp.float32).at[:, -1].set(0.0)
+    return jnp.roll(input_ids, -1, axis=1), counted
+
+
+def summed_loss(logits: jax.Array, targets: jax.Array, counted: jax.Array) -> jax.Array:
+    """The sum of -log softmax(logits)[target] over the tokens that count, in fp32. logits: [batch, seq, vocab]."""
+    scores = logits.astype(jnp.float32)
     exists = (targets >= 0) & (targets < scores.shape[-1])
     target_scores = jnp.where(exists, _scores_of(scores, targets), jnp.nan)
-    nll = jax.nn.logsumexp(scores, axis=-1) - target_scores
-    count = jnp.sum(counted)
-    return TokenLoss(jnp.sum(jnp.where(counted > 0, nll, 0.0)) / jnp.maximum(count, 1.0), count)
+    nll = _log_sum_exp(scores) - target_scores
+    return jnp.sum(jnp.where(counted > 0, nll, 0.0))
+
+
+@jax.custom_jvp
+def _log_sum_exp(scores: jax.Array) -> jax.Array:
+    """Over the last axis. Its derivative needs the value, which has a name: who keeps that, and computes scores again,
+    passes over them once instead of three times."""
+    return jax.nn.logsumexp(scores, axis=-1)
+
+
+@_log_sum_exp.defjvp
+def _log_sum_exp_jvp(primals: tuple[jax.Array], tangents: tuple[Any]) -> tuple[jax.Array, jax.Array]:
+    value = checkpoint_name(_log_sum_exp(*primals), LOG_SUM_EXP)
+    return value, jnp.sum(jnp.exp(primals[0] - value[..., None]) * tangents[0], axis=-1)
 
 
 @jax.custom_jvp

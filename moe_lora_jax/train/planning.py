@@ -62,7 +62,7 @@ def plan(model: nnx.Module, settings: TrainSettings, *, max_length: int) -> Plan
 
     Example:
         >>> mesh = mlj.make_mesh({"fsdp": 16}, devices=topology("v5e:4x4").devices)
-        >>> model = mlj.abstract_base_model("config.json", mesh=mesh, scan_layers=True, remat=True)
+        >>> model = mlj.abstract_base_model("config.json", mesh=mesh, scan_layers=True)
         >>> mlj.apply_moe_lora(model, config, rngs=nnx.Rngs(0))
         >>> plan(model, TrainSettings(batch_size=16), max_length=8192).fits
 

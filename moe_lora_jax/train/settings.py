@@ -11,6 +11,7 @@ from moe_lora_jax.adapters.filters import Part
 Precision = Literal["default", "high", "highest"]
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
 FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "report_to", "resume")
+NEWER = ("matmul_precision", "loss_chunk")
 
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -24,6 +25,8 @@ class TrainSettings:
         steps: optimizer steps instead of epochs.
         batch_size: rows of one forward pass.
         gradient_accumulation: forward passes per optimizer step; the gradient is that of the joined batch.
+        loss_chunk: tokens of a row whose logits exist at once; fewer need less memory, and change rounding only. None:
+            as many as have fp32 logits of at most 256 MiB on a device.
         learning_rate: peak of AdamW's learning rate.
         warmup_steps: steps of linear warm-up; then cosine decay towards 0.
         weight_decay: of AdamW, decoupled.
@@ -53,6 +56,7 @@ class TrainSettings:
     steps: int | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
+    loss_chunk: int | None = None
     learning_rate: float = 2e-4
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -70,10 +74,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("epochs", "steps", "batch_size", "gradient_accumulation", "eval_every", "checkpoint_every",
-                     "keep_checkpoints", "log_every"):  # fmt: skip
+        for name in ("epochs", "steps", "batch_size", "gradient_accumulation", "loss_chunk", "eval_every",
+                     "checkpoint_every", "keep_checkpoints", "log_every"):  # fmt: skip
             value = getattr(self, name)
-            optional = name in ("steps", "eval_every", "checkpoint_every")
+            optional = name in ("steps", "loss_chunk", "eval_every", "checkpoint_every")
             if not (value is None and optional) and not (_is_integer(value) and value >= 1):
                 problems.append(f"{name}: found {value!r}, expected {'null or ' if optional else ''}an integer >= 1")
         for name in ("warmup_steps", "seed"):
@@ -108,11 +112,9 @@ class TrainSettings:
         return self.epochs if self.steps is None else -(-self.steps * rows // examples)
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a continuation must share. Runs from before there was a matmul_precision had None."""
+        """The settings that a continuation must share. Runs from before there were some of them had None."""
         found = {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
-        if self.matmul_precision is None:
-            del found["matmul_precision"]
-        return found
+        return {k: v for k, v in found.items() if not (k in NEWER and v is None)}
 
 
 def _is_integer(value: Any) -> bool:

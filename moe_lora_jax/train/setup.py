@@ -36,4 +36,5 @@ def set_up(model: nnx.Module, config: MoeLoraConfig, settings: TrainSettings, to
     model.eval()
     check_selection(state.trainable, settings)
     check_mesh(mesh_of(state.trainable), settings)
-    return Setup(schedule, state, frozen, make_train_step(graphdef, optimizer, config, state))
+    step = make_train_step(graphdef, optimizer, config, state, loss_chunk=settings.loss_chunk)
+    return Setup(schedule, state, frozen, step)

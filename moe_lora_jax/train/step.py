@@ -14,7 +14,8 @@ from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.sharding import is_abstract, mesh_of, put, put_rest, replicated
 from moe_lora_jax.train.health import RouterSums, router_sums
-from moe_lora_jax.train.losses import load_balancing_loss, next_token_loss, router_z_loss
+from moe_lora_jax.train.losses import load_balancing_loss, router_z_loss
+from moe_lora_jax.train.model_loss import model_loss
 
 NOISE = ("lora_dropout", "expert_dropout", "router_dropout", "router_jitter_noise")
 
@@ -117,6 +118,8 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: MoeLoraConfig | None,
     like: TrainState | None = None,
+    *,
+    loss_chunk: int | None = None,
 ) -> TrainStep:
     """The jitted step: mean gradient over all micro-batches, then one optimizer update.
 
@@ -130,6 +133,7 @@ def make_train_step(
         optimizer: the one that made the state.
         config: the model's adapter config, or None for a model without adapter.
         like: on a mesh, the state; new ones lie where it does.
+        loss_chunk: tokens of a row whose logits exist at once; None chooses (`model_loss`).
 
     Warns:
         UserWarning: when the step is compiled: the config has dropout or jitter, but the model is in eval mode.
@@ -143,8 +147,10 @@ def make_train_step(
         states = unstack_layers((trainable, rng, frozen.adapter, frozen.base))
         model = nnx.merge(graphdef, *states, copy=True)
         _warn_of_eval_mode(model, config)
-        logits, router = model(micro.input_ids, **micro.arguments(), return_router=True)
-        lm, balance, z = _losses(logits, router, micro, config)
+        lm, router = model_loss(
+            model, micro.input_ids, micro.loss_mask, micro.arguments(), chunk=loss_chunk, return_router=True
+        )
+        balance, z = _router_losses(router, micro, config)
         tokens = jnp.sum(micro.attention_mask > 0).astype(jnp.float32)
         counted_share, token_share = lm.counted_tokens / totals[0], tokens / totals[1]
         lm_loss, balance, z = lm.mean * counted_share, balance * token_share, z * token_share
@@ -181,14 +187,13 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=outputs)
 
 
-def _losses(logits: jax.Array, router: Any, batch: Batch, config: MoeLoraConfig | None) -> tuple[Any, Any, Any]:
-    lm = next_token_loss(logits, batch.input_ids, batch.loss_mask)
+def _router_losses(router: Any, batch: Batch, config: MoeLoraConfig | None) -> tuple[jax.Array, jax.Array]:
     if config is None:
-        return lm, jnp.zeros(()), jnp.zeros(())
+        return jnp.zeros(()), jnp.zeros(())
     # the localized loss needs samples marked by type, which a batch has not: it can only be left out
     is_left_out = config.router_aux_loss == "localized" and config.router_aux_loss_coef == 0
     balance = jnp.zeros(()) if is_left_out else load_balancing_loss(router, config, batch.attention_mask)
-    return lm, balance, router_z_loss(router, batch.attention_mask)
+    return balance, router_z_loss(router, batch.attention_mask)
 
 
 def _warn_of_eval_mode(model: nnx.Module, config: MoeLoraConfig | None) -> None:
