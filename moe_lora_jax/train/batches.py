@@ -7,7 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from moe_lora_jax.train.data import Example
+from moe_lora_jax.train.examples import Example
 from moe_lora_jax.train.step import Batch
 
 SHORTEST_BUCKET = 32
