@@ -60,10 +60,13 @@ def test_total_epochs_hold_enough_full_batches():
 
 def test_a_continuation_may_change_what_is_shown_and_kept_only():
     free = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "save_best", "report_to", "resume"}
-    assert set(TrainSettings(matmul_precision="high").fixed()) == set(TrainSettings.__dataclass_fields__) - free
+    assert (
+        set(TrainSettings(matmul_precision="high", packing=True).fixed())
+        == set(TrainSettings.__dataclass_fields__) - free
+    )
 
 
-def test_runs_from_before_there_was_a_matmul_precision_are_continued_without_one():
+def test_runs_from_before_there_was_a_matmul_precision_or_packing_are_continued_without():
     before = {"epochs", "steps", "batch_size", "gradient_accumulation", "learning_rate", "warmup_steps"}
     before |= {"weight_decay", "max_grad_norm", "train_only", "seed"}
     assert set(TrainSettings().fixed()) == before

@@ -65,7 +65,7 @@ class TokenData:
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return int(Examples.of(self.examples).lengths.max())
+        return Examples.of(self.examples).longest
 
     @property
     def digest(self) -> str:

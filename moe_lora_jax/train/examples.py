@@ -52,6 +52,11 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest one."""
+        return int(self.lengths.max())
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
 

@@ -24,6 +24,8 @@ class TrainSettings:
         steps: optimizer steps instead of epochs.
         batch_size: rows of one forward pass.
         gradient_accumulation: forward passes per optimizer step; the gradient is that of the joined batch.
+        packing: fill rows with several examples, up to the max_length that the data were read with; batch_size and
+            epochs then count rows. No example sees another, and their loss is the same; there is less padding.
         learning_rate: peak of AdamW's learning rate.
         warmup_steps: steps of linear warm-up; then cosine decay towards 0.
         weight_decay: of AdamW, decoupled.
@@ -53,6 +55,7 @@ class TrainSettings:
     steps: int | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
+    packing: bool = False
     learning_rate: float = 2e-4
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -97,21 +100,24 @@ class TrainSettings:
         if problems:
             raise ConfigError("invalid training settings", problems)
 
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps for this many examples."""
-        rows = self.batch_size * self.gradient_accumulation
-        return self.steps if self.steps is not None else -(-self.epochs * examples // rows)
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps for this many rows: of examples, or with `packing` of `training_rows`."""
+        taken = self.batch_size * self.gradient_accumulation
+        return self.steps if self.steps is not None else -(-self.epochs * rows // taken)
 
-    def total_epochs(self, examples: int) -> int:
-        """Passes over this many examples that the steps take, the last one perhaps not to its end."""
-        rows = self.batch_size * self.gradient_accumulation
-        return self.epochs if self.steps is None else -(-self.steps * rows // examples)
+    def total_epochs(self, rows: int) -> int:
+        """Passes over this many rows that the steps take, the last one perhaps not to its end."""
+        taken = self.batch_size * self.gradient_accumulation
+        return self.epochs if self.steps is None else -(-self.steps * taken // rows)
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a continuation must share. Runs from before there was a matmul_precision had None."""
+        """The settings that a continuation must share. Runs from before there was a matmul_precision had None, those
+        from before there was packing did without."""
         found = {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
         if self.matmul_precision is None:
             del found["matmul_precision"]
+        if not self.packing:
+            del found["packing"]
         return found
 
 
