@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.machine import describe
 from benchmarks.table import markdown, results, show
 
-CPU = ("layer", "model", "feed_forward", "program", "tuner", "conversion", "startup", "decode")
+CPU = ("layer", "model", "feed_forward", "program", "tuner", "conversion", "startup", "decode", "packing")
 QUICK = (*CPU, "gpu")
 
 

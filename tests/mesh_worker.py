@@ -18,7 +18,8 @@ import moe_lora_jax as mlj
 from moe_lora_jax.adapters.filters import PARTS
 from moe_lora_jax.sharding import mesh_of, put_rows
 from moe_lora_jax.train import Batch, make_train_step, merge_back, split_model
-from moe_lora_jax.train.batches import collate
+from moe_lora_jax.train.batches import collate, collate_packed
+from moe_lora_jax.train.packing import PackedRows
 
 MESHES = {
     "data": {"data": 8},
@@ -32,7 +33,7 @@ MESHES = {
 }
 VARIANTS = {
     "": {},
-    "scan": {"scan": True, "loss_chunk": 7},  # which does not divide 24
+    "scan, packed": {"scan": True, "packed": True, "loss_chunk": 7},  # which does not divide 24
     "ffn": {"scope": "ffn", "target_modules": ["gate_proj", "up_proj", "down_proj"]},
     "model": {"scope": "model"},
     "gemma": {},
@@ -43,19 +44,25 @@ COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-a
 FIELDS = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "lora_dropout": 0.1}
 
 
-def batch() -> Batch:
-    rows, _ = collate(token_data(16).examples, 16, (24,), 0)
+def batch(*, packed: bool) -> Batch:
+    if packed:
+        rows, _ = collate_packed(PackedRows(token_data(40).examples, 24, seed=0)[:16], 16, (24,), 0)
+        assert rows.segment_ids is not None and rows.segment_ids.max() > 1
+    else:
+        rows, _ = collate(token_data(16).examples, 16, (24,), 0)
     return jax.tree.map(lambda x: x.reshape(2, 8, -1), rows)
 
 
-def trained(base: Path, mesh: dict[str, int] | None, loss_chunk: int | None = None, **fields) -> dict:
+def trained(
+    base: Path, mesh: dict[str, int] | None, *, packed: bool = False, loss_chunk: int | None = None, **fields
+) -> dict:
     """Ten steps: their losses, the trained adapter, what the layers then answer, and the program's collectives."""
     model = adapted(base, mesh, **FIELDS, **fields)
     optimizer = optax.sgd(0.5)
     model.train()
     graphdef, state, frozen = split_model(model, PARTS["all"], optimizer)
     step = make_train_step(graphdef, optimizer, model.moe_lora_config, state, loss_chunk=loss_chunk)
-    rows = put_rows(batch(), mesh_of(model), axis=1)
+    rows = put_rows(batch(packed=packed), mesh_of(model), axis=1)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     program = step.lower(state, frozen, rows).compile().as_text()
     losses = []

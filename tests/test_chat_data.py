@@ -21,7 +21,7 @@ from chat_templates import (
 )
 
 from moe_lora_interop.errors import CheckpointError
-from moe_lora_jax.train.data import read_data, split_by
+from moe_lora_jax.train.data import Tally, read_data, split_by
 from moe_lora_jax.train.errors import DataError
 from moe_lora_jax.train.template import ChatTemplate
 from moe_lora_jax.train.tokenizer import load_tokenizer
@@ -137,7 +137,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 @pytest.mark.parametrize(("template", "ends"), [(UNMARKED_END, False), (PLAIN, False), (MARKED, True), (CHATML, True)])
 def test_an_answer_that_nothing_ends_is_said(tmp_path, template, ends):
     data = read(tmp_path, template, {"messages": TURNS}, {"prompt": "a", "completion": "b"})
-    assert data.endless == (() if ends else (1,))
+    assert data.endless == (Tally() if ends else Tally(1, (1,)))
     note = "1 conversations end with no token with loss that ends an answer (lines 1), so nothing teaches the model"
     assert (note in data.describe()) == (not ends)
 
@@ -150,7 +150,7 @@ def test_a_system_message_that_the_template_refuses(tmp_path):
 def test_reasoning_that_the_template_strips_takes_the_loss_of_the_turn_and_is_said(tmp_path):
     thought = [{**m, "content": f"<think>hm</think>{m['content']}"} if m["role"] == "assistant" else m for m in TURNS]
     data = read(tmp_path, QWEN_3, {"messages": TURNS}, {"messages": thought}, {"messages": thought[2:]})
-    assert data.lost == {2: 2, 3: 1}
+    assert data.lost == Tally(3, (2, 3))
     assert "3 earlier turns of the assistant carry no loss" in data.describe() and "(lines 2, 3)" in data.describe()
     alone = read(tmp_path, QWEN_3, {"messages": thought})
     assert said(alone, QWEN_3) == ["<think>\nhm\n</think>\n\nGood bye!<|im_end|>\n"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.train.batches import TrainBatches, bucket_lengths, collate, eval_batches
-from moe_lora_jax.train.data import Example, read_data, split_by, split_data
+from moe_lora_jax.train.data import Example, Tally, read_data, split_by, split_data
 from moe_lora_jax.train.errors import DataError
 from moe_lora_jax.train.tokenizer import load_tokenizer, prompt_ids
 
@@ -195,7 +195,7 @@ def test_what_the_length_limit_does_is_reported(tmp_path):
         tmp_path, {"text": "a b"}, {"text": "a b c d e"}, {"prompt": "a b c d e", "completion": "a"}, {"text": "a b c"}
     )
     data = read_data(path, tokenizer(), max_length=5)
-    assert (data.truncated, data.dropped) == ((2,), (3,))
+    assert (data.truncated, data.dropped) == (Tally(1, (2,)), Tally(1, (3,)))
     assert [len(e.ids) for e in data.examples] == [4, 5, 5]
     assert "1 cut at max_length (lines 2)" in data.describe()
     assert "1 left out, no token with loss within max_length (lines 3)" in data.describe()

@@ -24,7 +24,7 @@ from moe_lora_jax.sharding import RULES, mesh_of, shardings
 ARRAY = re.compile(r"\w+\[[\d,]*\]")
 WORKER = Path(__file__).parent / "mesh_worker.py"
 MESHES = (
-    "mixed, scan",
+    "mixed, scan, packed",
     "data",
     "mixed",
     "fsdp",
@@ -37,7 +37,7 @@ MESHES = (
     "mixed, ffn",
     "mixed, model",
 )
-ONE = {f"one, {variant}" for variant in ("", "scan", "ffn", "model", "gemma")}
+ONE = {f"one, {variant}" for variant in ("", "scan, packed", "ffn", "model", "gemma")}
 TOKENS = {"f32[192,", "f32[8,24,"}  # activations of a micro-batch, flat and not
 TABLE = {"f32[72,32]", "f32[36,32]"}
 GATHERED = {  # base weights, as wide as a device that has its share of "tensor" needs them

@@ -61,7 +61,7 @@ def test_total_epochs_hold_enough_full_batches():
 
 def test_a_continuation_may_change_what_is_shown_and_kept_only():
     free = {"eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "save_best", "report_to", "resume"}
-    settings = TrainSettings(matmul_precision="high", loss_chunk=128)
+    settings = TrainSettings(matmul_precision="high", loss_chunk=128, packing=True)
     assert set(settings.fixed()) == set(TrainSettings.__dataclass_fields__) - free
 
 

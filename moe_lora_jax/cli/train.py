@@ -28,6 +28,7 @@ from moe_lora_jax.train.data import read_data, split_data
 from moe_lora_jax.train.end_of_text import write_end_ids
 from moe_lora_jax.train.loop import TrainResult
 from moe_lora_jax.train.loop import train as run
+from moe_lora_jax.train.packing import PackedRows, training_rows
 from moe_lora_jax.train.run_dir import check_free, command
 from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id, save_tokenizer
 
@@ -96,6 +97,9 @@ def train(
         elif examples.eval_fraction:
             train_data, eval_data = split_data(train_data, examples.eval_fraction, checked.seed)
     shell.say(train_data.describe())
+    rows = training_rows(train_data, checked)
+    if isinstance(rows, PackedRows):
+        shell.say(rows.describe())
     if eval_data is not None:
         shell.say(f"evaluation: {eval_data.describe()}")
 
@@ -115,7 +119,7 @@ def train(
     if is_first():
         write_end_ids(output_dir, base, tokenizer)
     pad = pad_id(tokenizer, vocabulary)
-    lines = LogLines(shell, checked.total_steps(len(train_data.examples)))
+    lines = LogLines(shell, checked.total_steps(len(rows)))
     with shell.progress("compiling the step") as bar:
         result = run(
             base, train_data, output_dir, checked, eval_data=eval_data, pad_id=pad, on_progress=bar, on_log=lines

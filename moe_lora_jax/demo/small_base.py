@@ -12,7 +12,7 @@ from moe_lora_interop.disk.files import write_tensors
 from moe_lora_interop.progress import OnProgress, no_progress
 from moe_lora_jax.models import CausalLM, DecoderConfig
 from moe_lora_jax.train.batches import TrainBatches
-from moe_lora_jax.train.data import Example
+from moe_lora_jax.train.examples import Example
 from moe_lora_jax.train.optimizer import adamw, warmup_cosine
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.step import make_train_step, merge_back, split_model

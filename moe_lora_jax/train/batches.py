@@ -7,7 +7,8 @@ import grain
 import jax
 import numpy as np
 
-from moe_lora_jax.train.data import Example
+from moe_lora_jax.train.examples import Example, Examples
+from moe_lora_jax.train.packing import PackedRows
 from moe_lora_jax.train.step import Batch
 
 SHORTEST_BUCKET = 32
@@ -16,7 +17,7 @@ SHORTEST_BUCKET = 32
 class HostBatch(NamedTuple):
     """A batch of numpy arrays, which the jitted steps take as they are.
 
-    lines: [row], their numbers in the data file; 0 for rows that only fill the batch up.
+    lines: of its examples in the data file, row by row; 0 for each row that only fills the batch up.
     """
 
     batch: Batch
@@ -39,15 +40,30 @@ def bucket_lengths(longest: int) -> tuple[int, ...]:
 
 def collate(examples: Sequence[Example], rows: int, lengths: Sequence[int], pad_id: int) -> HostBatch:
     """Pads on the right to the smallest of `lengths` that holds every example, and with blank rows up to `rows`."""
-    length = next(n for n in lengths if n >= max(len(e.ids) for e in examples))
+    batch, lines = collate_packed([[example] for example in examples], rows, lengths, pad_id)
+    return HostBatch(batch._replace(segment_ids=None), lines)
+
+
+def collate_packed(packed: Sequence[Sequence[Example]], rows: int, lengths: Sequence[int], pad_id: int) -> HostBatch:
+    """`collate` of rows that each hold several examples, one after the other: segments 1, 2, ..., padding 0."""
+    length = next(n for n in lengths if n >= max(sum(len(e.ids) for e in row) for row in packed))
     ids: Any = np.full((rows, length), pad_id, np.int32)
-    real: Any = np.zeros((rows, length), np.int32)
+    segments: Any = np.zeros((rows, length), np.int32)
     counted: Any = np.zeros((rows, length), bool)
-    lines = np.zeros(rows, np.int64)
-    for row, example in enumerate(examples):
-        n = len(example.ids)
-        ids[row, :n], real[row, :n], counted[row, :n], lines[row] = example.ids, 1, example.counted, example.line
-    return HostBatch(Batch(ids, real, counted), lines)
+    lines = []
+    for row, examples in enumerate(packed):
+        begin = 0
+        for number, example in enumerate(examples, start=1):
+            end = begin + len(example.ids)
+            here = row, slice(begin, end)
+            ids[here], segments[here], counted[here] = example.ids, number, example.counted
+            if begin:  # what stands before it is another example's, no prediction of it
+                counted[row, begin] = False
+            lines.append(example.line)
+            begin = end
+    lines += [0] * (rows - len(packed))
+    real: Any = (segments > 0).astype(np.int32)
+    return HostBatch(Batch(ids, real, counted, segments), np.array(lines, np.int64))
 
 
 class TrainBatches(Iterator[HostBatch]):
@@ -57,17 +73,17 @@ class TrainBatches(Iterator[HostBatch]):
     set the position.
 
     Args:
-        examples: the training data.
+        examples: the training data, one in each row, or several (`PackedRows`).
         batch_size: rows of a micro-batch.
         gradient_accumulation: micro-batches of a step.
-        epochs: passes over the examples. The last batch is filled up with blank rows.
+        epochs: passes over them. The last batch is filled up with blank rows.
         seed: of the permutations.
         pad_id: the padding token.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | PackedRows,
         *,
         batch_size: int,
         gradient_accumulation: int,
@@ -76,13 +92,15 @@ class TrainBatches(Iterator[HostBatch]):
         pad_id: int,
     ):
         rows = batch_size * gradient_accumulation
-        lengths = bucket_lengths(max(len(e.ids) for e in examples))
+        source = examples if isinstance(examples, PackedRows) else Examples.of(examples)
+        collated: Any = collate_packed if isinstance(source, PackedRows) else collate
+        lengths = bucket_lengths(source.longest)
 
-        def micro_batches(chosen: Sequence[Example]) -> HostBatch:
-            batch, lines = collate(chosen, rows, lengths, pad_id)
+        def micro_batches(chosen: Sequence[Any]) -> HostBatch:
+            batch, lines = collated(chosen, rows, lengths, pad_id)
             return HostBatch(jax.tree.map(lambda x: x.reshape(gradient_accumulation, batch_size, -1), batch), lines)
 
-        dataset = grain.MapDataset.source(examples).seed(seed).shuffle().repeat(epochs)
+        dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(epochs)
         dataset = dataset.batch(rows, drop_remainder=False, batch_fn=micro_batches)
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
@@ -100,7 +118,18 @@ class TrainBatches(Iterator[HostBatch]):
 
 def eval_batches(examples: Sequence[Example], *, batch_size: int, pad_id: int) -> Iterator[HostBatch]:
     """Every example once, in [batch_size, seq]; sorted by length, so that little of it is padding."""
-    lengths = bucket_lengths(max(len(e.ids) for e in examples))
-    ordered = sorted(examples, key=lambda e: (len(e.ids), e.line))
-    for start in range(0, len(ordered), batch_size):
-        yield collate(ordered[start : start + batch_size], batch_size, lengths, pad_id)
+    stored = Examples.of(examples)
+    lengths = bucket_lengths(stored.longest)
+    order = np.lexsort((stored.lines, stored.lengths))
+    for start in range(0, len(order), batch_size):
+        yield collate(stored.take(order[start : start + batch_size]), batch_size, lengths, pad_id)
+
+
+def padding_share(lengths: np.ndarray, rows: int, seed: int) -> float:
+    """The part of an epoch's tokens that is padding, for batches of so many examples each, in an order at random."""
+    whole = max(len(lengths) // rows, 1)
+    shuffled = np.random.default_rng(seed).permutation(lengths)[: whole * rows]
+    longest = shuffled.reshape(whole, -1).max(axis=1)
+    buckets = np.array(bucket_lengths(int(lengths.max())))
+    padded = buckets[np.searchsorted(buckets, longest)].sum() * (len(shuffled) // whole)
+    return 1 - float(shuffled.sum() / padded)

@@ -2,8 +2,9 @@
 
 import os
 import zlib
+from array import array
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,29 @@ import numpy as np
 
 from moe_lora_jax.models.vocabulary import outside
 from moe_lora_jax.train.errors import BadLine, DataError
+from moe_lora_jax.train.examples import Example, Examples, ExampleWriter
 from moe_lora_jax.train.records import EXPECTED, Encoder
 from moe_lora_jax.train.tables import read_records
 
+_SHOWN = 100  # bad lines, and unused keys, that are named; more of them are counted
+
 
 @dataclass(frozen=True)
-class Example:
-    """One sequence. ids: [seq] int32. counted: [seq] bool, true for targets. line: its number in the file, from 1
-    (in a JSON array that of the element, in parquet that of the row).
-    """
+class Tally:
+    """How often something was met in a file, and the numbers of the first lines where."""
 
-    ids: np.ndarray
-    counted: np.ndarray
-    line: int
+    count: int = 0
+    lines: tuple[int, ...] = ()
+
+    def plus(self, line: int, count: int = 1) -> "Tally":
+        """With one more line, where it was met so often."""
+        return Tally(self.count + count, self.lines if len(self.lines) > 5 else (*self.lines, line))
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        return f"lines {', '.join(map(str, self.lines[:5]))}{', ...' if len(self.lines) > 5 else ''}"
 
 
 @dataclass(frozen=True)
@@ -34,25 +45,27 @@ class TokenData:
     Attributes:
         file: where they come from.
         examples: at least one; each counts at least one token.
-        truncated: lines of the examples that were cut at max_length.
+        truncated: examples that were cut at max_length.
         dropped: lines left out because the cut took every counted token.
-        unused: {key of a line that nothing reads: on how many lines}.
-        lost: {line: turns of the assistant that carry no loss, because the template renders them differently later}.
+        unused: {key of a line that nothing reads: on how many lines}; None stands for those after the first 100.
+        lost: turns of the assistant that carry no loss, because the template renders them differently later.
         endless: lines whose last answer ends with no token of its own.
+        max_length: the limit that they were read with.
     """
 
     file: Path
-    examples: tuple[Example, ...]
-    truncated: tuple[int, ...] = ()
-    dropped: tuple[int, ...] = ()
-    unused: Mapping[str, int] = field(default_factory=dict)
-    lost: Mapping[int, int] = field(default_factory=dict)
-    endless: tuple[int, ...] = ()
+    examples: Sequence[Example]
+    truncated: Tally = Tally()
+    dropped: Tally = Tally()
+    unused: Mapping[str | None, int] = field(default_factory=dict)
+    lost: Tally = Tally()
+    endless: Tally = Tally()
+    max_length: int | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return max(len(e.ids) for e in self.examples)
+        return Examples.of(self.examples).longest
 
     @property
     def digest(self) -> str:
@@ -64,27 +77,28 @@ class TokenData:
 
     def describe(self) -> str:
         """One line for people: how many examples and tokens, and what was cut."""
-        tokens = sum(len(e.ids) for e in self.examples)
+        tokens = int(Examples.of(self.examples).lengths.sum())
         counted = sum(int(e.counted[1:].sum()) for e in self.examples)
         text = f"{self.file}: {len(self.examples)} examples, {tokens} tokens ({counted} with loss)"
         if self.truncated:
-            text += f"; {len(self.truncated)} cut at max_length ({_lines(self.truncated)})"
+            text += f"; {self.truncated.count} cut at max_length ({self.truncated})"
         if self.dropped:
-            text += f"; {len(self.dropped)} left out, no token with loss within max_length ({_lines(self.dropped)})"
+            text += f"; {self.dropped.count} left out, no token with loss within max_length ({self.dropped})"
         if self.lost:
             text += (
-                f"; {sum(self.lost.values()):,} earlier turns of the assistant carry no loss, because the chat "
-                f"template renders them differently once more messages follow ({_lines(tuple(self.lost))}): mark them "
+                f"; {self.lost.count:,} earlier turns of the assistant carry no loss, because the chat "
+                f"template renders them differently once more messages follow ({self.lost}): mark them "
                 "with {% generation %} in a template of your own (--chat-template)"
             )
         if self.endless:
             text += (
-                f"; {len(self.endless):,} conversations end with no token with loss that ends an answer "
-                f"({_lines(self.endless)}), so nothing teaches the model to stop: put one into the assistant's turn "
+                f"; {self.endless.count:,} conversations end with no token with loss that ends an answer "
+                f"({self.endless}), so nothing teaches the model to stop: put one into the assistant's turn "
                 "in a template of your own (--chat-template)"
             )
         for key, count in self.unused.items():
-            text += f"; unused key {key!r} on {count:,} {'line' if count == 1 else 'lines'}"
+            what = "more unused keys" if key is None else f"unused key {key!r}"
+            text += f"; {what} on {count:,} {'line' if count == 1 else 'lines'}"
         return text
 
 
@@ -96,7 +110,8 @@ def read_data(
     vocab_size: int | None = None,
     keys: Collection[str] = (),
 ) -> TokenData:
-    """Reads and tokenizes a data file.
+    """Reads and tokenizes a data file. Lines of JSONL and rows of parquet are read one after the other and their tokens
+    kept on disk (`ExampleWriter`), so the memory it takes does not grow with them; a JSON array is held whole.
 
     Args:
         path: objects in the forms of `records`: one on each line (JSONL, UTF-8, blank lines are skipped), or a JSON
@@ -107,51 +122,65 @@ def read_data(
         keys: of the records that the caller reads itself (`split_by`).
 
     Raises:
-        DataError: the file is missing, empty, in another format or has bad lines: every one is listed.
+        DataError: the file is missing, empty, in another format or has bad lines: the first 100 are listed.
     """
     path = Path(path)
-    examples: list[Example] = []
-    problems: list[str] = []
-    truncated: list[int] = []
-    dropped: list[int] = []
-    unused: Counter[str] = Counter()
-    lost: dict[int, int] = {}
-    endless: list[int] = []
+    problems = Problems()
+    truncated = dropped = lost = endless = Tally()
+    unused: Counter[str | None] = Counter()
     encode = Encoder(tokenizer, keys)
-    for number, record in read_records(path):
-        try:
-            if isinstance(record, BadLine):
-                raise record
-            encoded = encode(record)
-        except BadLine as bad:
-            problems.append(f"{path}:{number}: {bad}")
-            continue
-        ids, counted = encoded.ids, encoded.counted
-        unused.update(encoded.unused)
-        problem = None if vocab_size is None else outside(ids, vocab_size)
-        if problem is not None:
-            problems.append(f"{path}:{number}: {problem}")
-            continue
-        if not any(counted[1:]):
-            problems.append(f"{path}:{number}: {len(ids)} tokens and none of them with loss; at least 2 are needed")
-            continue
-        if encoded.lost:
-            lost[number] = encoded.lost
-        if not encoded.ends:
-            endless.append(number)
-        if len(ids) > max_length:
-            kept = any(counted[1:max_length])
-            (truncated if kept else dropped).append(number)
-            if not kept:
+    with ExampleWriter() as writer:
+        for number, record in read_records(path):
+            try:
+                if isinstance(record, BadLine):
+                    raise record
+                encoded = encode(record)
+                ids, counted = encoded.ids, encoded.counted
+                if vocab_size is not None and (problem := outside(ids, vocab_size)) is not None:
+                    raise BadLine(problem)
+                if not any(counted[1:]):
+                    raise BadLine(f"{len(ids)} tokens and none of them with loss; at least 2 are needed")
+            except BadLine as bad:
+                problems.add(f"{path}:{number}: {bad}")
                 continue
-        examples.append(Example(np.array(ids[:max_length], np.int32), np.array(counted[:max_length], bool), number))
-    if problems:
-        raise DataError(f"{path} has {len(problems)} bad lines", problems)
+            unused.update(key if key in unused or len(unused) < _SHOWN else None for key in encoded.unused)
+            if encoded.lost:
+                lost = lost.plus(number, encoded.lost)
+            if not encoded.ends:
+                endless = endless.plus(number)
+            if len(ids) > max_length:
+                if not any(counted[1:max_length]):
+                    dropped = dropped.plus(number)
+                    continue
+                truncated = truncated.plus(number)
+            writer.add(ids[:max_length], counted[:max_length], number)
+        examples = writer.examples()
+    problems.check(f"{path} has {problems.count} bad lines")
     if dropped and not examples:
         raise DataError("no data", [f"{path}: no example has a token with loss within max_length = {max_length}"])
     if not examples:
         raise DataError("no data", [f"{path}: no examples, {EXPECTED} on each line"])
-    return TokenData(path, tuple(examples), tuple(truncated), tuple(dropped), dict(unused), lost, tuple(endless))
+    return TokenData(path, examples, truncated, dropped, dict(unused), lost, endless, max_length)
+
+
+class Problems:
+    """What is wrong with a file: all of it counted, the first of it kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[str] = []
+
+    def add(self, problem: str) -> None:
+        self.count += 1
+        if self.count <= _SHOWN:
+            self._first.append(problem)
+
+    def check(self, what: str) -> None:
+        """Raises DataError if there was any."""
+        if self.count > _SHOWN:
+            raise DataError(what, [*self._first, f"and {self.count - _SHOWN:,} more"])
+        if self.count:
+            raise DataError(what, self._first)
 
 
 def check_vocabulary(data: TokenData, model: Any) -> None:
@@ -159,11 +188,11 @@ def check_vocabulary(data: TokenData, model: Any) -> None:
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocab_size is None:
         return
-    found = [(e.line, problem) for e in data.examples if (problem := outside(e.ids, vocab_size)) is not None]
-    if found:
-        raise DataError(
-            "the data are not for this model", [f"{data.file}:{line}: {problem}" for line, problem in found]
-        )
+    problems = Problems()
+    for example in data.examples:
+        if (problem := outside(example.ids, vocab_size)) is not None:
+            problems.add(f"{data.file}:{example.line}: {problem}")
+    problems.check("the data are not for this model")
 
 
 def split_data(data: TokenData, fraction: float, seed: int) -> tuple[TokenData, TokenData]:
@@ -177,23 +206,28 @@ def split_data(data: TokenData, fraction: float, seed: int) -> tuple[TokenData, 
     if held_out >= n:
         problem = f"{data.file}: {n} examples, of which eval_fraction {fraction} takes {held_out}"
         raise DataError("cannot split the data", [problem])
-    chosen = set(np.random.default_rng(seed).permutation(n)[:held_out].tolist())
-    train, evaluation = (
-        tuple(e for i, e in enumerate(data.examples) if (i in chosen) == is_chosen) for is_chosen in (False, True)
-    )
-    return replace(data, examples=train), TokenData(data.file, evaluation)
+    chosen = np.zeros(n, bool)
+    chosen[np.random.default_rng(seed).permutation(n)[:held_out]] = True
+    examples = Examples.of(data.examples)
+    train, evaluation = examples.take(~chosen), examples.take(chosen)
+    return replace(data, examples=train), TokenData(data.file, evaluation, max_length=data.max_length)
 
 
 def split_by(data: TokenData, key: str) -> dict[str, TokenData]:
     """The examples by the value that their lines in the file have at `key`; "all" where there is none."""
-    records = {number: record for number, record in read_records(data.file) if isinstance(record, dict)}
-    found: dict[str, list[Example]] = {}
-    for example in sorted(data.examples, key=lambda e: e.line):
-        value = records[example.line].get(key)
-        found.setdefault("all" if value is None else str(value), []).append(example)
-    return {value: TokenData(data.file, tuple(examples)) for value, examples in found.items()}
-
-
-def _lines(numbers: tuple[int, ...]) -> str:
-    shown = ", ".join(map(str, numbers[:5]))
-    return f"lines {shown}{', ...' if len(numbers) > 5 else ''}"
+    examples = Examples.of(data.examples)
+    order = np.argsort(examples.lines, kind="stable")
+    found: dict[str, array[int]] = {}
+    done = 0
+    for number, record in read_records(data.file):
+        while done < len(order) and examples.lines[order[done]] == number:
+            value = record.get(key) if isinstance(record, dict) else None
+            found.setdefault("all" if value is None else str(value), array("q")).append(order[done])
+            done += 1
+    if done < len(order):
+        problem = f"{data.file}: line {examples.lines[order[done]]} is not there any more"
+        raise DataError("the data are not those of the file", [problem])
+    return {
+        value: TokenData(data.file, examples.take(np.frombuffer(chosen, np.int64)), max_length=data.max_length)
+        for value, chosen in found.items()
+    }

@@ -8,17 +8,17 @@ from moe_lora_jax.train.optimizer import warmup_cosine
 from moe_lora_jax.train.settings import TrainSettings
 
 
-def extension(settings: TrainSettings, before: Mapping[str, Any], examples: int, step: int) -> str:
-    """One sentence: the learning rate on both sides of the border, and examples that the border leaves out.
+def extension(settings: TrainSettings, before: Mapping[str, Any], rows: int, step: int) -> str:
+    """One sentence: the learning rate on both sides of the border, and rows that the border leaves out.
 
     Args:
         settings: of the continuation.
         before: those of them that were different.
-        examples: of the training data.
+        rows: of the training data; examples, unless they are packed.
         step: the last one before the border.
     """
     earlier = dataclasses.replace(settings, **before)
-    old, new = earlier.total_steps(examples), settings.total_steps(examples)
+    old, new = earlier.total_steps(rows), settings.total_steps(rows)
     text = f"extended from {old} to {new} steps, after step {step}"
     if 0 < step < new:
         last, following = (
@@ -26,8 +26,9 @@ def extension(settings: TrainSettings, before: Mapping[str, Any], examples: int,
             for total, index in ((old, step - 1), (new, step))
         )
         text += f": the learning rate, {last:.3g} there, is from now on that of a run of {new} steps, {following:.3g}"
-    rows = settings.batch_size * settings.gradient_accumulation
-    missed = step * rows - earlier.epochs * examples if earlier.steps is None else 0
+    taken = settings.batch_size * settings.gradient_accumulation
+    missed = step * taken - earlier.epochs * rows if earlier.steps is None else 0
     if missed > 0:
-        text += f"; step {step} was {missed} examples short, which the next epoch leaves out"
+        what = "rows" if settings.packing else "examples"
+        text += f"; step {step} was {missed} {what} short, which the next epoch leaves out"
     return text

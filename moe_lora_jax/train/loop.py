@@ -23,9 +23,9 @@ from moe_lora_interop.progress import no_progress
 from moe_lora_jax.adapters.checkpoint import save_pretrained
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
-from moe_lora_jax.processes import largest
+from moe_lora_jax.processes import is_first, largest
 from moe_lora_jax.sharding import mesh_of, put_rows
-from moe_lora_jax.train.batches import HostBatch, TrainBatches
+from moe_lora_jax.train.batches import HostBatch, TrainBatches, padding_share
 from moe_lora_jax.train.best import FOLDER as BEST
 from moe_lora_jax.train.best import Best, BestAdapter
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
@@ -34,7 +34,8 @@ from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.evaluation import mean_loss
 from moe_lora_jax.train.extension import extension
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary
-from moe_lora_jax.train.refusals import trainable_config
+from moe_lora_jax.train.packing import PackedRows, training_rows
+from moe_lora_jax.train.refusals import check_packing, trainable_config
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.setup import set_up
@@ -114,10 +115,11 @@ def train(
     Raises:
         TrainingError: no adapter, nothing selected to train, the directory is taken, the checkpoint does not fit, or
             the loss is no longer finite (with the step, the lines of its batch and the last good checkpoint);
-            `save_best` without `eval_data`.
+            `save_best` without `eval_data`; `packing` with a model that takes no segment_ids.
         DataError: token ids that the model has no row for.
     """
     config = trainable_config(model)
+    check_packing(model, settings)
     if settings.save_best and eval_data is None:
         raise TrainingError("nothing to choose by", ["save_best: found without eval_data, expected both"])
     for part in (data, eval_data):
@@ -125,13 +127,15 @@ def train(
             check_vocabulary(part, model)
     loop = _Loop(model, config, data, settings, eval_data, on_eval, on_log, pad_id)
     warn_of_stuck_routers(config, config.target_modules if isinstance(config.target_modules, list) else [])
-    identity = {
+    identity: dict[str, Any] = {
         "settings": settings.fixed(),
         "adapter": config.semantic_dict(),
         "base": base_fingerprint(nnx.split(model, MoeLoraParam, nnx.RngState, ...)[-1]),
         "data": data.digest,
         "eval_data": eval_data.digest if eval_data is not None else None,
     }
+    if isinstance(loop.rows, PackedRows):
+        identity["row_length"] = loop.rows.length
     with contextlib.ExitStack() as stack:
         if settings.matmul_precision is not None:
             stack.enter_context(jax.default_matmul_precision(settings.matmul_precision))
@@ -142,7 +146,7 @@ def train(
         run = stack.enter_context(directory)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, settings.keep_checkpoints)))
         stop = stack.enter_context(stop_signals())
-        work = f"training with batches of {settings.batch_size} rows of up to {data.longest} tokens"
+        work = f"training with batches of {settings.batch_size} rows of up to {loop.rows.longest} tokens"
         stack.enter_context(explained(work, STEPS))
         loop.start(run, checkpoints)
         stopped = 0
@@ -170,15 +174,16 @@ class _Loop:
     ):
         self.model, self.data, self.settings = model, data, settings
         self.eval_data, self.on_eval, self.on_log, self.pad_id = eval_data, on_eval, on_log, pad_id
-        self.total_steps = settings.total_steps(len(data.examples))
+        self.rows = training_rows(data, settings)
+        self.total_steps = settings.total_steps(len(self.rows))
         self.schedule, self.state, self.frozen, self.train_step = set_up(model, config, settings, self.total_steps)
         self.evaluated = nnx.graphdef(model)
         self.mesh = mesh_of(self.state.trainable)
         self.batches = TrainBatches(
-            data.examples,
+            self.rows,
             batch_size=settings.batch_size,
             gradient_accumulation=settings.gradient_accumulation,
-            epochs=settings.total_epochs(len(data.examples)),
+            epochs=settings.total_epochs(len(self.rows)),
             seed=settings.seed,
             pad_id=pad_id,
         )
@@ -203,8 +208,10 @@ class _Loop:
             self.batches.restore(snapshot.position)
         if run.grown:
             before = {name.rpartition(".")[2]: number for name, number in run.grown.items()}
-            logger.warning(extension(self.settings, before, len(self.data.examples), self.step))
+            logger.warning(extension(self.settings, before, len(self.rows), self.step))
         run.note_start(self.step, self.total_steps)
+        if is_first():
+            self._tell_padding()
         if self.settings.save_best:
             self.kept = BestAdapter(run.output_dir / BEST)
         for record in run.open_metrics(self.step):
@@ -260,6 +267,15 @@ class _Loop:
         self._fill_model()
         save_pretrained(self.model, self.run.output_dir)
         self.saved = self.step
+
+    def _tell_padding(self) -> None:
+        if isinstance(self.rows, PackedRows):
+            logger.info(self.rows.describe())
+            return
+        settings = self.settings
+        share = padding_share(self.rows.lengths, settings.batch_size * settings.gradient_accumulation, settings.seed)
+        if share > 0.5:
+            logger.warning("%.0f %% of the batches is padding: packing fills rows with several examples", 100 * share)
 
     def _fill_model(self) -> None:
         """The model then carries the adapter of this step."""

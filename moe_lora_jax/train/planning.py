@@ -14,7 +14,7 @@ from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.compiled import Cycles, Memory, compile_ahead, usable_bytes
 from moe_lora_jax.sharding import is_abstract, mesh_of, row_sharding
 from moe_lora_jax.train.batches import bucket_lengths
-from moe_lora_jax.train.refusals import trainable_config
+from moe_lora_jax.train.refusals import check_packing, trainable_config
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.setup import Setup, set_up
 from moe_lora_jax.train.step import Batch
@@ -69,7 +69,7 @@ def plan(model: nnx.Module, settings: TrainSettings, *, max_length: int) -> Plan
     Args:
         model: `abstract_base_model` with an adapter (`apply_moe_lora`), on a mesh of devices of a
             `compiled.topology`.
-        settings: as of `train`; batch size, accumulation, selection, clipping and weight decay change the step.
+        settings: as of `train`; batch size, accumulation, packing, selection, clipping and decay change the step.
         max_length: tokens of the longest row; it is rounded up as the batches of a run are.
 
     Raises:
@@ -77,6 +77,7 @@ def plan(model: nnx.Module, settings: TrainSettings, *, max_length: int) -> Plan
         ConfigError: the model has arrays, or no mesh, or its devices are of a kind whose memory is not known.
     """
     config = trainable_config(model)
+    check_packing(model, settings)
     mesh = mesh_of(model)
     if not is_abstract(model) or mesh is None:
         problem = "model: expected one of abstract_base_model(..., mesh=make_mesh(..., devices=topology(...).devices))"
@@ -84,7 +85,7 @@ def plan(model: nnx.Module, settings: TrainSettings, *, max_length: int) -> Plan
     usable, kind = usable_bytes(mesh.devices.flat[0]), mesh.devices.flat[0].device_kind
     setup = set_up(model, config, settings, settings.steps or _SCHEDULED)
     shape = (settings.gradient_accumulation, settings.batch_size, bucket_lengths(max_length)[-1])
-    dtypes: Any = Batch(jnp.int32, jnp.int32, jnp.bool)  # type: ignore[arg-type]
+    dtypes: Any = Batch(jnp.int32, jnp.int32, jnp.bool, jnp.int32 if settings.packing else None)  # type: ignore[arg-type]
     batch = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=row_sharding(mesh, 1)), dtypes)
     ahead = compile_ahead(setup.step.lower(setup.state, setup.frozen, batch))
     kept = _kept(model, setup)

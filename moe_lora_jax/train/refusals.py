@@ -1,5 +1,6 @@
 """Runs that cannot be: each is refused before anything is written, with what was found and what is expected."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -31,6 +32,14 @@ def trainable_config(model: Any) -> MoeLoraConfig:
     if problems:
         raise TrainingError("cannot train", problems)
     return config
+
+
+def check_packing(model: Any, settings: TrainSettings) -> None:
+    """Raises TrainingError if rows shall hold several examples, and the model takes a row for one."""
+    parameters = inspect.signature(model.__call__).parameters.values()
+    if settings.packing and not any(p.name == "segment_ids" or p.kind is p.VAR_KEYWORD for p in parameters):
+        problem = f"packing: found True with {type(model).__name__}, whose call takes no segment_ids, expected False"
+        raise TrainingError("the model cannot tell the examples of a row apart", [problem])
 
 
 def check_selection(trainable: Any, settings: TrainSettings) -> None:

@@ -11,7 +11,7 @@ from moe_lora_jax.adapters.filters import Part
 Precision = Literal["default", "high", "highest"]
 # What may differ between a run and its continuation: it changes what is shown or kept, not what is computed.
 FREE = ("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "save_best", "report_to", "resume")
-NEWER = ("matmul_precision", "loss_chunk")
+BEFORE = {"matmul_precision": None, "loss_chunk": None, "packing": False}
 
 Reporter = Literal["tensorboard", "wandb"]
 
@@ -27,6 +27,8 @@ class TrainSettings:
         gradient_accumulation: forward passes per optimizer step; the gradient is that of the joined batch.
         loss_chunk: tokens of a row whose logits exist at once; fewer need less memory, and change rounding only. None:
             as many as have fp32 logits of at most 256 MiB on a device.
+        packing: fill rows with several examples, up to the max_length that the data were read with; batch_size and
+            epochs then count rows. No example sees another, and their loss is the same; there is less padding.
         learning_rate: peak of AdamW's learning rate.
         warmup_steps: steps of linear warm-up; then cosine decay towards 0.
         weight_decay: of AdamW, decoupled.
@@ -57,6 +59,7 @@ class TrainSettings:
     batch_size: int = 8
     gradient_accumulation: int = 1
     loss_chunk: int | None = None
+    packing: bool = False
     learning_rate: float = 2e-4
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -101,20 +104,20 @@ class TrainSettings:
         if problems:
             raise ConfigError("invalid training settings", problems)
 
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps for this many examples."""
-        rows = self.batch_size * self.gradient_accumulation
-        return self.steps if self.steps is not None else -(-self.epochs * examples // rows)
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps for this many rows: of examples, or with `packing` of `training_rows`."""
+        taken = self.batch_size * self.gradient_accumulation
+        return self.steps if self.steps is not None else -(-self.epochs * rows // taken)
 
-    def total_epochs(self, examples: int) -> int:
-        """Passes over this many examples that the steps take, the last one perhaps not to its end."""
-        rows = self.batch_size * self.gradient_accumulation
-        return self.epochs if self.steps is None else -(-self.steps * rows // examples)
+    def total_epochs(self, rows: int) -> int:
+        """Passes over this many rows that the steps take, the last one perhaps not to its end."""
+        taken = self.batch_size * self.gradient_accumulation
+        return self.epochs if self.steps is None else -(-self.steps * taken // rows)
 
     def fixed(self) -> dict[str, Any]:
-        """The settings that a continuation must share. Runs from before there were some of them had None."""
+        """The settings that a continuation must share. Runs from before there were some of them had `BEFORE`."""
         found = {k: v for k, v in dataclasses.asdict(self).items() if k not in FREE}
-        return {k: v for k, v in found.items() if not (k in NEWER and v is None)}
+        return {k: v for k, v in found.items() if k not in BEFORE or v != BEFORE[k]}
 
 
 def _is_integer(value: Any) -> bool:

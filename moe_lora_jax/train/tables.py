@@ -1,9 +1,11 @@
 """From a file to records: JSONL, a JSON array of objects, either of them gzipped, or parquet."""
 
 import gzip
+import io
+import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +21,54 @@ _OTHERS = {  # how files of other formats begin
     b"SQLite format 3": "an SQLite database",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself",
 }
+_ROWS = 1000  # of a parquet file that are in memory at a time
 _ENDINGS = {".csv": "a CSV file", ".tsv": "a TSV file", ".txt": "a text file", ".yaml": "a YAML file"}
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
     """(number, record or what is wrong with it): the number of the line, of the array's element or of the row, from 1.
 
+    One line, or a batch of rows, is in memory at a time; a JSON array, and gzipped parquet, wholly.
+
     Raises:
         DataError: the file cannot be read, or is of another format.
     """
     try:
-        raw = path.read_bytes()
-        if raw.startswith(b"\x1f\x8b"):
-            raw = gzip.decompress(raw)
+        with path.open("rb") as file:
+            if file.peek(2).startswith(b"\x1f\x8b"):
+                with gzip.open(file) as unpacked:
+                    yield from _records(path, unpacked)
+            else:
+                yield from _records(path, file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError("cannot read the data", [f"{path}: broken gzip file: {error}"]) from error
     except OSError as error:
         raise DataError("cannot read the data", [f"{path}: {error.strerror}"]) from error
-    name = path.with_suffix("") if path.suffix == ".gz" else path
-    other = next((what for start, what in _OTHERS.items() if raw.startswith(start)), None)
-    if other is None and not raw.lstrip().startswith((b"{", b"[")):
+
+
+def _records(path: Path, file: io.BufferedReader | gzip.GzipFile) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
+    start = file.peek(64)
+    other = next((what for first, what in _OTHERS.items() if start.startswith(first)), None)
+    if other is None and start.startswith(b"PAR1"):
+        yield from _rows(path, file)
+        return
+    begin = _begin(file) if other is None else []
+    text = [line.strip() for line in begin if line.strip()]
+    if other is None and not (text and text[0].startswith((b"{", b"["))):
+        name = path.with_suffix("") if path.suffix == ".gz" else path
         other = _ENDINGS.get(name.suffix.lower())
     if other is not None:
         raise DataError("cannot read the data", [f"{path}: found {other}, {FORMATS}"])
-    if raw.startswith(b"PAR1"):
-        return _rows(path, raw)
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    array = _array(path, raw)
-    return _lines(raw) if array is None else enumerate(map(_checked, array), start=1)
+    if text:
+        begin[0] = begin[0].removeprefix(b"\xef\xbb\xbf")
+        text[0] = text[0].removeprefix(b"\xef\xbb\xbf")
+    lines = itertools.chain(begin, file)
+    if _is_jsonl(text):
+        yield from _lines(lines)
+        return
+    raw = b"".join(lines)
+    array = _array(path, raw, alone=len(text) == 1)
+    yield from _lines([raw]) if array is None else enumerate(map(_checked, array), start=1)
 
 
 def parse(raw: bytes) -> dict[str, Any]:
@@ -66,8 +88,10 @@ def parse(raw: bytes) -> dict[str, Any]:
     return found
 
 
-def _lines(raw: bytes) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
-    for number, line in enumerate(raw.splitlines(), start=1):
+def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
+    """Of chunks that each end where a line ends."""
+    lines = itertools.chain.from_iterable(chunk.splitlines() for chunk in chunks)  # \r alone ends a line, too
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield number, parse(line)
@@ -75,17 +99,38 @@ def _lines(raw: bytes) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
                 yield number, bad
 
 
-def _array(path: Path, raw: bytes) -> list[Any] | None:
+def _begin(file: Iterable[bytes]) -> list[bytes]:
+    """The lines up to the second one with text."""
+    begin: list[bytes] = []
+    with_text = 0
+    for line in file:
+        begin.append(line)
+        with_text += bool(line.strip())
+        if with_text == 2:
+            break
+    return begin
+
+
+def _is_jsonl(text: list[bytes]) -> bool:
+    """By the first two lines with text: a file with a value on each line. False: it may be one value, an array."""
+    if not text or not text[0].startswith((b"[", b"{")):
+        return True
+    if len(text) == 1:
+        return False
+    first, second = text
+    return _is_json(first) or first.startswith(b"{") and second.startswith(b"{") and _is_json(second)
+
+
+def _array(path: Path, raw: bytes, *, alone: bool) -> list[Any] | None:
     """The elements, if the file is one JSON array; None if it has a value on each line.
+
+    Args:
+        alone: it is a single line.
 
     Raises:
         DataError: it is one JSON value over several lines, but no array, or not JSON.
     """
     text = raw.strip()
-    first = text.split(b"\n", 1)[0]
-    alone = len(first) == len(text)
-    if not text.startswith((b"[", b"{")) or not alone and _is_json(first):
-        return None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is one too
@@ -112,7 +157,7 @@ def _checked(value: Any) -> dict[str, Any] | BadLine:
     return value if isinstance(value, dict) else BadLine(f"found {type(value).__name__}, expected an object")
 
 
-def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, file: io.BufferedReader | gzip.GzipFile) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -120,7 +165,11 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         hint = "parquet needs pyarrow: pip install 'moe-lora-jax[data]'"
         raise DataError("cannot read the data", [f"{path}: {hint}"]) from error
     try:
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(raw)).to_pylist()
+        is_plain = isinstance(file, io.BufferedReader) and file.seekable()
+        source = pyarrow.parquet.ParquetFile(file if is_plain else pyarrow.BufferReader(file.read()))
+        rows = (row for batch in source.iter_batches(_ROWS) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield number, _without_nulls(row)
     except (
         pyarrow.ArrowException,
         OSError,
@@ -128,7 +177,6 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         OverflowError,
     ) as error:  # a date too far
         raise DataError("cannot read the data", [f"{path}: not parquet that can be read: {error}"]) from error
-    return enumerate(map(_without_nulls, rows), start=1)
 
 
 def _without_nulls(value: Any) -> Any:
