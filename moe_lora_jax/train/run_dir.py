@@ -23,6 +23,7 @@ import jax
 from flax import nnx
 
 from moe_lora_interop.disk.atomic import replace_file
+from moe_lora_interop.disk.files import read_json
 from moe_lora_jax.processes import is_first, once, whole
 from moe_lora_jax.train.errors import TrainingError
 from moe_lora_jax.train.events import Events
@@ -188,6 +189,16 @@ def read_metrics(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(output_dir, FOLDER, METRICS)
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     return [record for line in lines if (record := _record(line))]
+
+
+def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in OUT/training/run.json; empty if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = Path(output_dir, FOLDER, RUN)
+    return dict(read_json(path).get("settings", {})) if path.is_file() else {}
 
 
 def base_fingerprint(base: nnx.State) -> str:
