@@ -67,5 +67,6 @@ def __getattr__(name: str) -> Any:
 
                 return getattr(report, name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{name} needs {error.name}: pip install 'moe-lora-jax[report]'") from error
+        needed = str(error.name).partition(".")[0]
+        raise ImportError(f"{name} needs {needed}: pip install 'moe-lora-jax[report]'") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
