@@ -19,7 +19,8 @@ ROUND_TRIPS = ("test_golden", "test_files", "test_checkpoint", "test_parity", "t
 EXTRAS = ("", "jax", "torch", "all")
 # the tests of what runs in JAX alone; the first are the short form. What equals PyTorch is shown on Python 3.11
 CURRENT_QUICK = ("layers", "gating", "apply", "checkpoint", "display", "train_step", "verbs_quickstart")
-CURRENT = (*CURRENT_QUICK, "adapter", "adapter_dtypes", "authenticity", "data", "chat_data", "lazy", "mesh", "own_loop")
+CURRENT = (*CURRENT_QUICK, "adapter", "adapter_dtypes", "authenticity", "comparison", "data")
+CURRENT += ("chat_data", "lazy", "mesh", "own_loop", "text_gates", "verdict")
 CURRENT += ("processes", "report", "run_config", "summary", "token_ids", "train_health", "train_loop", "train_losses")
 CURRENT += ("train_optimizer", "train_scan", "train_settings", "trust_training", "verbs_generate", "verbs_train")
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

@@ -20,7 +20,8 @@ from moe_lora_jax.models.quantized import quantize_base
 from moe_lora_jax.sharding import make_mesh
 
 if TYPE_CHECKING:
-    from moe_lora_jax.report import plot_router
+    from moe_lora_jax.measure.comparison import compare
+    from moe_lora_jax.report import plot_router, plot_tokens
 
 __all__ = [
     "AdapterBank",
@@ -35,12 +36,14 @@ __all__ = [
     "abstract_base_model",
     "apply_moe_lora",
     "combine",
+    "compare",
     "experts_only",
     "generate",
     "load_adapter",
     "load_base_model",
     "make_mesh",
     "plot_router",
+    "plot_tokens",
     "quantize_base",
     "remove_moe_lora",
     "router_only",
@@ -52,8 +55,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plot_router":  # the only one that needs matplotlib
-        from moe_lora_jax.report import plot_router
+    """The names that need more than the extra `jax`: imported when they are asked for."""
+    try:
+        match name:
+            case "compare":
+                from moe_lora_jax.measure.comparison import compare
 
-        return plot_router
+                return compare
+            case "plot_router" | "plot_tokens":
+                from moe_lora_jax import report
+
+                return getattr(report, name)
+    except ModuleNotFoundError as error:
+        needed = str(error.name).partition(".")[0]
+        raise ImportError(f"{name} needs {needed}: pip install 'moe-lora-jax[report]'") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -194,6 +194,25 @@ def test_training_needs_no_shell(tmp_path):
     assert offenders([m for m in FILES if room(m) == "moe_lora_jax.train"], {"tyro", "rich"}) == {}
 
 
+WITHOUT_MATPLOTLIB = """
+import sys
+sys.modules["matplotlib"] = None
+import moe_lora_jax as mlj
+print(mlj.compare.__name__)
+for name in ("plot_tokens", "plot_router"):
+    try:
+        getattr(mlj, name)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_pictures_name_the_extra_that_they_need():
+    done = python(WITHOUT_MATPLOTLIB)
+    needed = [f"{n} needs matplotlib: pip install 'moe-lora-jax[report]'" for n in ("plot_tokens", "plot_router")]
+    assert done.stdout.splitlines() == ["compare", *needed], done.stderr
+
+
 def test_the_block_works():
     done = python(blocking({"numpy"}, "import moe_lora_interop"))
     assert done.returncode == 1 and "numpy is blocked" in done.stderr

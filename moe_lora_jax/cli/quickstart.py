@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.table import Table
@@ -23,10 +22,10 @@ from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.cli.log_lines import LogLines
 from moe_lora_jax.demo.base_and_data import make_base_and_data
 from moe_lora_jax.measure.router_statistics import router_statistics, topic_information
-from moe_lora_jax.models import CausalLM, generate, load_base_model
+from moe_lora_jax.measure.samples import answers, prompts_of
+from moe_lora_jax.models import CausalLM, load_base_model
 from moe_lora_jax.train.batches import eval_batches
 from moe_lora_jax.train.data import Example, TokenData, read_data, split_by, split_data
-from moe_lora_jax.train.end_of_text import end_ids
 from moe_lora_jax.train.loop import train
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
@@ -131,24 +130,13 @@ def _claim(output_dir: Path) -> None:
 
 def _show_answers(model: CausalLM, tokenizer: Any, topics: dict[str, TokenData], shell: Shell) -> list[dict[str, str]]:
     """What the model now says to the first held-out prompt of each topic; nothing where there are no prompts."""
-    first = [data.examples[0] for data in topics.values()]
-    prompts = [e.ids[: e.counted.argmax()] for e in first if not e.counted[0]]
+    prompts = [prompt.ids for prompt in prompts_of(topics, len(topics))]
     if not prompts:
         return []
-    ids = np.zeros((len(prompts), max(len(p) for p in prompts)), np.int32)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
     with shell.progress("answering held-out prompts"):
-        tokens = generate(
-            model, jnp.asarray(ids), jnp.asarray(mask), max_new_tokens=48, eos_token_id=end_ids(model, tokenizer)
-        )
-        answers = tokens[:, ids.shape[1] :].tolist()
-
-    def text(ids: list[int]) -> str:
-        return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
-
-    said = [{"prompt": text(p.tolist()), "answer": text(a)} for p, a in zip(prompts, answers, strict=True)]
+        texts = answers(model, tokenizer, prompts, max_new_tokens=48)
+    asked = [tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts]
+    said = [{"prompt": " ".join(p.split()), "answer": " ".join(a.split())} for p, a in zip(asked, texts, strict=True)]
     shell.say("held-out prompts and what the model now says:")
     for pair in said:
         shell.say(f"  > {pair['prompt']}")

@@ -1,1 +1,1 @@
-"""What routers do on data, and what an export costs."""
+"""What routers do on data and texts, what that says of them, two adapters side by side, and what an export costs."""

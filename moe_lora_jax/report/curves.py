@@ -41,25 +41,28 @@ def plot_entropy(statistics: RouterStatistics, *, top_k: int | None = None) -> F
     return made
 
 
-def plot_losses(records: Records) -> Figure:
+def plot_losses(records: Records | Mapping[str, Records]) -> Figure:
     """Training and evaluation loss, in nats per token with loss.
 
     Args:
-        records: lines of training/metrics.jsonl.
+        records: lines of training/metrics.jsonl; or those of several runs by name, on one axis.
     """
-    training = [(r["step"], r["lm_loss"]) for r in records if "lm_loss" in r]
-    evaluation = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
-    parts = [
-        f"{name} {points[0][1]:.3g} to {points[-1][1]:.3g}"
-        for name, points in (("training", training), ("evaluation", evaluation))
-        if points
-    ]
-    with figure(WIDTH, 3.0, f"Loss: {', '.join(parts)} nats per token") as made:
+    runs = records if isinstance(records, Mapping) else {"": records}
+    parts = []
+    with figure(WIDTH, 3.0, "") as made:
         axes = made.subplots()
-        if training:
-            axes.plot(*zip(*training, strict=True), color=COLOURS[0], label="training, as logged")
-        if evaluation:
-            axes.plot(*zip(*evaluation, strict=True), color=COLOURS[3], marker="o", linestyle="--", label="evaluation")
+        for number, (name, lines) in enumerate(runs.items()):
+            of = f" of {name}".replace("$", r"\$") if name else ""
+            colours = [COLOURS[(2 * number + n) % len(COLOURS)] for n in (0, 3)]
+            if points := [(r["step"], r["lm_loss"]) for r in lines if "lm_loss" in r]:
+                axes.plot(*zip(*points, strict=True), color=colours[0], label=f"training{of}, as logged")
+                parts.append(f"training{of} {points[0][1]:.3g} to {points[-1][1]:.3g}")
+            if points := [(r["step"], r["eval_loss"]) for r in lines if "eval_loss" in r]:
+                places = zip(*points, strict=True)
+                axes.plot(*places, color=colours[1], marker="o", linestyle="--", label=f"evaluation{of}")
+                parts.append(f"evaluation{of} {points[0][1]:.3g} to {points[-1][1]:.3g}")
+        title = f"Loss: {', '.join(parts)} nats per token" if len(runs) == 1 else f"Loss of {len(runs)} runs"
+        made.suptitle(title, x=0.0, ha="left")
         axes.set(xlabel="step", ylabel="nats per token")
         axes.set_ylim(bottom=0.0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

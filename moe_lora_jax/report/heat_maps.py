@@ -1,7 +1,7 @@
 """Heat maps over modules: which expert is used where, for which topic, and how alike the experts are."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from matplotlib.ticker import PercentFormatter
 
 from moe_lora_jax.adapters.projections import by_projection
 from moe_lora_jax.measure.router_statistics import RouterStatistics, router_statistics, topic_information
+from moe_lora_jax.measure.text_gates import text_gates
 from moe_lora_jax.report.similarity import mean_pairs
 from moe_lora_jax.report.style import WIDTH, figure, heat_map
+from moe_lora_jax.report.token_map import plot_text_gates
 from moe_lora_jax.train.data import TokenData
 
 _PERCENT = PercentFormatter(1.0, decimals=0)
@@ -20,26 +22,40 @@ _PERCENT = PercentFormatter(1.0, decimals=0)
 
 def plot_router(
     source: nnx.Module | RouterStatistics | Mapping[str, Any],
-    data: TokenData | Mapping[str, TokenData] | None = None,
+    data: TokenData | Mapping[str, TokenData] | str | None = None,
     *,
+    tokenizer: Any = None,
+    modules: str | Sequence[str] | None = None,
     batch_size: int = 8,
     pad_id: int = 0,
 ) -> Figure:
-    """Which expert is used how much: one heat map per projection, a row per layer, a column per expert.
+    """Which expert is used how much.
+
+    On data: one heat map per projection, a row per layer, a column per expert. On a text: one per router, a column per
+    token, a row per expert.
 
     Example:
         >>> mlj.plot_router(model, data).savefig("router.png")
+        >>> mlj.plot_router(model, "what is two plus two", tokenizer=tokenizer)
 
     Args:
         source: a model with an adapter, what `router_statistics` returned, or {module: weights [expert] or
             [row, expert]}, whose rows are averaged.
-        data: for a model: from `read_data`, or several by topic.
+        data: for a model: from `read_data`, or several by topic; or a text.
+        tokenizer: of the base model; needed for a text.
+        modules: of a text: the routers to show; None: the three that tell its tokens apart best.
         batch_size: rows of one forward pass.
         pad_id: the token that padding is made of; it is masked.
 
     Returns:
         A matplotlib figure, without a window.
     """
+    if isinstance(data, str):
+        if tokenizer is None or not isinstance(source, nnx.Module):
+            raise ValueError("plot_router of a text needs a model and its tokenizer (tokenizer=)")
+        return plot_text_gates(text_gates(source, tokenizer, data).of(modules))
+    if tokenizer is not None or modules is not None:
+        raise ValueError("plot_router: found tokenizer or modules without a text, expected them only with it")
     if isinstance(source, nnx.Module):
         if data is None:
             raise ValueError("plot_router of a model needs data: which experts are used depends on the input")

@@ -12,14 +12,17 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from moe_lora_jax.adapters.parameter_summary import Summary
+from moe_lora_jax.measure.verdict import Verdict
 from moe_lora_jax.report.style import INK
+from moe_lora_jax.report.tokens import token_css
 
 
 @dataclass(frozen=True)
 class Section:
-    """One picture and what it shows, or the reason why there is none.
+    """One picture or piece of HTML and what it shows, or the reason why there is none.
 
-    name: of the figure, for links and file names. alt: the figure in words, for those who do not see it.
+    name: of the figure, for links and file names. alt: the figure in words, for those who do not see it. content: HTML
+    that is well-formed XML, its texts escaped.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Section:
     figure: Figure | None = None
     alt: str = ""
     missing: str = ""
+    content: str = ""
 
     @property
     def svg(self) -> Markup | None:
@@ -44,6 +48,11 @@ class Section:
         return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(self.alt)}" ', 1))
 
     @property
+    def html(self) -> Markup:
+        """`content`, as the template takes it."""
+        return Markup(self.content)
+
+    @property
     def png(self) -> bytes:
         """The figure on white, 150 dots per inch."""
         assert self.figure is not None
@@ -52,9 +61,15 @@ class Section:
         return buffer.getvalue()
 
 
-def render(title: str, subtitle: str, summary: Summary, sections: Sequence[Section]) -> str:
+def render(title: str, subtitle: str, verdict: Verdict, summary: Summary, sections: Sequence[Section]) -> str:
     """The page: valid HTML that is also well-formed XML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("moe_lora_jax.report").joinpath("page.html").read_text("utf-8"))
-    table = Markup(summary._repr_html_())
-    return template.render(title=title, subtitle=subtitle, table=table, sections=sections)
+    return template.render(
+        title=title,
+        subtitle=subtitle,
+        verdict=verdict,
+        table=Markup(summary._repr_html_()),
+        sections=sections,
+        token_css=Markup(token_css()),
+    )

@@ -5,24 +5,32 @@ from typing import Any
 
 import numpy as np
 
-from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_jax.measure.router_statistics import RouterStatistics, topic_information
+from moe_lora_jax.report.comparison_sections import compared, hyperparameters
 from moe_lora_jax.report.curves import Records, plot_balance, plot_entropy, plot_losses
+from moe_lora_jax.report.findings import Asked, Findings
 from moe_lora_jax.report.heat_maps import plot_router, plot_similarity, plot_topics
 from moe_lora_jax.report.page import Section
 from moe_lora_jax.report.similarity import delta_similarity, mean_pairs
+from moe_lora_jax.report.text_sections import losses_on_data, samples, tokens
 
 
-def all_sections(adapter: Adapter, statistics: RouterStatistics | str, records: Records | str) -> list[Section]:
-    """Every section in its order; a string in place of statistics or records says why there are none."""
-    config = adapter.config
+def all_sections(asked: Asked, base: Findings, found: Findings, against: Findings | None = None) -> list[Section]:
+    """Every section in its order; what a finding has a string for is said to be missing, with this reason."""
+    config, records = found.adapter.config, found.records
+    both = [found] if against is None else [found, against]
     return [
-        usage(statistics),
-        topics(statistics),
-        entropy(statistics, None if config.top_k_pattern or config.keeps_more else config.top_k),
-        similarity(delta_similarity(adapter)),
-        losses(records),
+        losses_on_data([base, *both]),
+        samples(asked, [base, *both]),
+        tokens(both),
+        usage(found.statistics),
+        topics(found.statistics),
+        entropy(found.statistics, None if config.top_k_pattern or config.keeps_more else config.top_k),
+        similarity(delta_similarity(found.adapter)),
+        losses(records if against is None else {f.name: f.records for f in both}),
         balance(records),
+        *([] if against is None else [compared(found, against)]),
+        hyperparameters(found),
     ]
 
 
@@ -88,11 +96,16 @@ def similarity(found: Mapping[str, np.ndarray]) -> Section:
     return Section("similarity", "Likeness of the experts", text, plot_similarity(found), alt)
 
 
-def losses(records: Records | str) -> Section:
+def losses(records: Records | str | Mapping[str, Records | str]) -> Section:
+    """Of one run, or of several by name."""
     text = "Mean negative log-likelihood of the tokens with loss; the training line is single batches."
-    if isinstance(records, str):
-        return Section("loss", "Loss", text, missing=records)
-    return Section("loss", "Loss", text, plot_losses(records), _ends(records))
+    runs = records if isinstance(records, Mapping) else {"": records}
+    known = {name: lines for name, lines in runs.items() if not isinstance(lines, str)}
+    missing = " ".join(f"{name}: {why}" if name else why for name, why in runs.items() if isinstance(why, str))
+    if not known:
+        return Section("loss", "Loss", text, missing=missing)
+    alt = " ".join(f"{name}: {_ends(lines)}" if name else _ends(lines) for name, lines in known.items())
+    return Section("loss", "Loss", text, plot_losses(known), alt, missing)
 
 
 def balance(records: Records | str) -> Section:

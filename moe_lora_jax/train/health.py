@@ -32,6 +32,13 @@ class RouterSums(NamedTuple):
     tokens: jax.Array
 
 
+def gate_shares(gates: jax.Array) -> jax.Array:
+    """A token's gates without their signs, divided by their sum: [..., expert]; 0 where no expert is kept."""
+    gates = jnp.abs(gates)
+    total = jnp.sum(gates, axis=-1, keepdims=True)
+    return gates / jnp.where(total > 0, total, 1.0)
+
+
 def router_sums(router: Mapping[str, RouterOutput], mask: jax.Array) -> dict[str, RouterSums]:
     """The statistics of one batch, per module; a split counts like a token of its own.
 
@@ -41,10 +48,9 @@ def router_sums(router: Mapping[str, RouterOutput], mask: jax.Array) -> dict[str
     """
 
     def of_module(gates: jax.Array) -> RouterSums:
-        gates = jnp.abs(gates).reshape(*mask.shape, -1, gates.shape[-1])
+        gates = gates.reshape(*mask.shape, -1, gates.shape[-1])
         real = jnp.broadcast_to((mask > 0)[..., None], gates.shape[:-1]).astype(jnp.float32)
-        total = jnp.sum(gates, axis=-1, keepdims=True)
-        share = jax.lax.stop_gradient(gates / jnp.where(total > 0, total, 1.0))
+        share = jax.lax.stop_gradient(gate_shares(gates))
         entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), axis=-1)
         return RouterSums(jnp.tensordot(real, share, axes=3), jnp.sum(entropy * real), jnp.sum(real))
 

@@ -17,6 +17,16 @@ def read_metrics(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for line in lines if (record := _record(line))]
 
 
+def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in OUT/training/run.json; empty if there is no such file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = Path(output_dir, FOLDER, RUN)
+    return dict(read_json(path).get("settings", {})) if path.is_file() else {}
+
+
 def training_in_words(output_dir: Path) -> str:
     """How long and on how many examples the adapter was trained, and the losses; empty where no run has left a word."""
     run, metrics = output_dir / FOLDER / RUN, read_metrics(output_dir)
