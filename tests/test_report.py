@@ -395,10 +395,11 @@ def tiny_adapter(base, **fields):
     return mlj.apply_moe_lora(mlj.load_base_model(base), mlj.MoeLoraConfig(**config), rngs=nnx.Rngs(1))
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: no chromium or google-chrome on PATH")
+@pytest.mark.skipif(CHROMIUM is None, reason=f"needs a browser: none of {', '.join(BROWSERS)} is on PATH")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1100, 420])
 def test_a_browser_shows_every_section_at_two_widths(tmp_path, scheme, width):

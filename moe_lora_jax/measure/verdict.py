@@ -78,7 +78,7 @@ def verdict(
     state = health[largest]
     finding = (
         f"every expert is used; the largest share of one is {_percent(state.largest_share)}, expert "
-        f"{state.shares.argmax()} of {largest}, where even use is {_percent(1 / len(state.shares))}"
+        f"{state.shares.argmax()} of {largest}, where even use is {100 / len(state.shares):.3g} %"
     )
     return Verdict("healthy", finding)
 
