@@ -72,8 +72,8 @@ def rows(quick: bool) -> Iterator[Row]:
     faster, low, high = (x * real["packed"] / real["apart"] for x in (times.median, times.low, times.high))
     full = {name: f"{real[name] / all_tokens[name]:.0%}" for name in sides}
     note = (
-        f"tokens/s {faster:.2f} times as many, length ratio {length_ratio:.2f}: {full['apart']} of the tokens are real in "
-        f"batches of {APART} examples, {full['packed']} in {PACKED} rows of {longest}; "
+        f"tokens/s {faster:.2f} times as many, length ratio {length_ratio:.2f}: {full['apart']} of the tokens are real "
+        f"in batches of {APART} examples, {full['packed']} in {PACKED} rows of {longest}; "
         f"{real['packed'] / found['packed'].seconds:,.0f} real tokens/s packed"
     )
     share = faster / length_ratio

@@ -56,6 +56,14 @@ def test_the_command_line_trains_and_saves(base, data, tmp_path, capsys):
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 2, 3]
 
 
+def test_packed_rows_are_counted_on_the_command_line(base, data, tmp_path, capsys):
+    line = f"--model {base} --data {data} --output-dir {tmp_path / 'out'} --packing --batch-size 2 --max-length 512"
+    assert tyro.cli(train, args=f"{line} --target-modules q_proj --r 2 --num-experts 2".split()) is None
+    shown = capsys.readouterr()
+    rows = int(re.search(r"packing: 20 examples in (\d+) rows of 512 tokens, [\d.]+% full", shown.out)[1])
+    assert rows < 20 and f"step {-(-rows // 2)} of {-(-rows // 2)}: loss" in shown.err
+
+
 def test_a_directory_that_is_taken_is_refused_before_the_model_is_read(data, tmp_path):
     (tmp_path / "out" / "training").mkdir(parents=True)
     (tmp_path / "out" / "training" / "run.json").write_text("{}")
