@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import moe_lora_jax as mlj
+from moe_lora_jax.models.attending import chunked
 from moe_lora_jax.models.masks import segment_positions
 from tests.hf import CASES, VOCAB, Saved
 
@@ -23,10 +24,12 @@ def packed():
     return parts, row, np.repeat([*range(1, len(parts) + 1), 0], [*LENGTHS, 2])[None]
 
 
+@pytest.mark.parametrize("attention", ["plain", "chunked"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_row_of_several_equals_rows_of_one(saved, case):
+def test_a_row_of_several_equals_rows_of_one(saved, case, attention, monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK", 8)
     parts, row, segments = packed()
-    model = mlj.load_base_model(saved(case)[1])
+    model = mlj.load_base_model(saved(case)[1], attention=attention)
     logits = np.asarray(model(row, segment_ids=segments))[0]
     scale = np.abs(logits).max()
     begin = 0
