@@ -144,6 +144,8 @@ class ProgramFlags:
         dtype: of the base model.
         scan_layers: compile the layers as one loop: a smaller program, and what remat needs to save memory on a CPU.
         remat: compute each layer's activations again in the backward pass instead of keeping them.
+        attention: auto is splash on TPUs and cuDNN on GPUs; elsewhere plain for short rows, and chunked for long ones,
+            whose memory grows with the row and not with its square.
         mesh: spread the run over all devices, e.g. data=2 fsdp=4; the axes are data, fsdp, tensor and expert. With
             several processes, data alone if nothing is given.
     """
@@ -151,6 +153,7 @@ class ProgramFlags:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     scan_layers: bool = False
     remat: bool = False
+    attention: Literal["auto", "plain", "chunked", "cudnn", "splash"] = "auto"
     mesh: tuple[str, ...] = ()
 
     def axes(self) -> dict[str, int]:
