@@ -9,6 +9,7 @@ from tiny_training import arrays, compiled_once  # noqa: F401
 
 import moe_lora_jax as mlj
 from moe_lora_jax.adapters.filters import PARTS
+from moe_lora_jax.models.attending import chunked
 from moe_lora_jax.models.masks import segment_positions
 from moe_lora_jax.train.batches import collate, collate_packed
 from moe_lora_jax.train.examples import Example
@@ -41,10 +42,12 @@ def packed():
     return parts, row, np.repeat([*range(1, len(parts) + 1), 0], [*LENGTHS, 2])[None]
 
 
+@pytest.mark.parametrize("attention", ["plain", "chunked"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_row_of_several_equals_rows_of_one(saved, case):
+def test_a_row_of_several_equals_rows_of_one(saved, case, attention, monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK", 8)
     parts, row, segments = packed()
-    model = mlj.load_base_model(saved(case)[1])
+    model = mlj.load_base_model(saved(case)[1], attention=attention)
     logits = np.asarray(model(row, segment_ids=segments))[0]
     scale = np.abs(logits).max()
     begin = 0
@@ -123,7 +126,7 @@ def test_so_it_is_with_scanned_layers_remat_and_micro_batches(saved, measured):
     together = collate_packed(parts, 4, (30,), 0).batch
     apart = collate([e for part in parts for e in part], 16, (13,), 0).batch
     both = (jax.tree.map(lambda x: x.reshape(2, x.shape[0] // 2, -1), rows) for rows in (together, apart))
-    adapted = adapter_on(saved("llama")[1], "linear", scan_layers=True, remat=True)
+    adapted = adapter_on(saved("llama")[1], "linear", scan_layers=True)
     same_step(adapted, *both, "scan, remat, accumulation", measured)
 
 

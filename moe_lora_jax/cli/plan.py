@@ -53,8 +53,8 @@ def plan(
     """Say whether a training run fits on devices that are not here, and what a step costs.
 
     Compiles the step that `train` would run with these flags, by the devices' own compiler, on this machine. No weights
-    are read. Evaluation, saving, waiting for other chips and the Pallas kernels' cycles are not in the numbers. Exit
-    code 1: it does not fit.
+    are read. Evaluation, saving, waiting for other chips and the Pallas kernels' cycles are not in the numbers. For
+    GPUs attention is chunked: cuDNN's cannot be compiled without one. Exit code 1: it does not fit.
 
     Args:
         model: config.json, a Hugging Face model directory (with or without weights), or an id in the Hub's cache.
@@ -105,7 +105,14 @@ def _planned(
     devices = topology(words).devices
     mesh = make_mesh(program.axes() or {"data": len(devices)}, devices=devices)
     dtype = None if program.dtype == "stored" else program.dtype
-    base = abstract_base_model(source, dtype=dtype, scan_layers=program.scan_layers, remat=program.remat, mesh=mesh)
+    base = abstract_base_model(
+        source,
+        dtype=dtype,
+        scan_layers=program.scan_layers,
+        remat=program.remat,
+        attention=program.attention,
+        mesh=mesh,
+    )
     apply_moe_lora(base, config, rngs=nnx.Rngs(0))
     return run(base, settings, max_length=seq)
 

@@ -146,6 +146,8 @@ class ProgramFlags:
         scan_layers: compile the layers as one loop: a smaller program, and what remat needs to save memory on a CPU.
         remat: what of a layer is kept for the backward pass, which computes the rest again: full keeps its input alone,
             minimal all its products too (MaxText's names).
+        attention: auto is splash on TPUs and cuDNN on GPUs; elsewhere plain for short rows, and chunked for long ones,
+            whose memory grows with the row and not with its square.
         mesh: spread the run over all devices, e.g. data=2 fsdp=4; the axes are data, fsdp, tensor and expert. With
             several processes, data alone if nothing is given.
     """
@@ -153,6 +155,7 @@ class ProgramFlags:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     scan_layers: bool = False
     remat: Annotated[Remat | None, otherwise("full with scan_layers, else none")] = None
+    attention: Literal["auto", "plain", "chunked", "cudnn", "splash"] = "auto"
     mesh: tuple[str, ...] = ()
 
     def axes(self) -> dict[str, int]:

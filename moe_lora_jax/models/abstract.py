@@ -15,6 +15,7 @@ from moe_lora_interop.disk.dtypes import NUMPY, STORED
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.disk.model_directory import INDEX, SINGLE, WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_jax.models.attending import check_attention
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.remat import Remat, checked
@@ -30,6 +31,7 @@ def abstract_base_model(
     dtype: Any = None,
     scan_layers: bool = False,
     remat: Remat | None = None,
+    attention: str = "auto",
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> CausalLM:
@@ -48,7 +50,7 @@ def abstract_base_model(
         CheckpointError: no such file, or it cannot be read.
         ConfigError: the architecture or fields of config.json are not supported, by name; no dtype is stated or given;
             or the mesh does not divide weights, by name.
-        ValueError: an unsupported `dtype` or `remat`.
+        ValueError: an unsupported `dtype`, `remat` or `attention`.
     """
     wanted = checked_dtype(dtype)
     if isinstance(config, Mapping):
@@ -59,16 +61,23 @@ def abstract_base_model(
     if wanted is None:
         wanted = _dtype(where, stated)
     decoder = replace(DecoderConfig.from_hf(stated, name_or_path=None if where is None else str(where)), dtype=wanted)
-    return abstract_model(decoder, scan_layers=scan_layers, remat=remat, mesh=mesh, rules=rules)
+    return abstract_model(decoder, scan_layers=scan_layers, remat=remat, attention=attention, mesh=mesh, rules=rules)
 
 
 def abstract_model(
-    config: DecoderConfig, *, scan_layers: bool, remat: Remat | None, mesh: Mesh | None, rules: Rules
+    config: DecoderConfig,
+    *,
+    scan_layers: bool,
+    remat: Remat | None,
+    attention: str,
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> CausalLM:
     """The model of a config, in shapes that lie where the rules say; see `load_base_model` for the arguments."""
     policy = checked(remat, scan_layers=scan_layers)
+    check_attention(attention)
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
-    model.model.scan_layers, model.model.remat = scan_layers, policy
+    model.model.scan_layers, model.model.remat, model.model.attention = scan_layers, policy, attention
     if mesh is None:
         return model
     model.model.mesh = automatic(mesh)

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_lora_jax.models.attending import Attend
 from moe_lora_jax.models.cache import write
 from moe_lora_jax.models.config import DecoderConfig
+from moe_lora_jax.models.masks import Visibility
 from moe_lora_jax.models.norm import RMSNorm
 from moe_lora_jax.models.rope import rotate
 
@@ -19,33 +20,6 @@ class LayerCache(NamedTuple):
     keys: jax.Array
     values: jax.Array
     slot: jax.Array
-
-
-def attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
-) -> jax.Array:
-    """`softmax(scale * q k^T) v`, the softmax in float32.
-
-    With a softcap c, scores s become `c * tanh(s / c)` before the mask. A query with no visible key (padding) gets an
-    unused finite value, and finite gradients.
-
-    Args:
-        query: [batch, heads, queries, head_dim].
-        key, value: [batch, kv_heads, keys, head_dim]; each serves heads / kv_heads consecutive query heads.
-        mask: bool [batch or 1, 1, queries, keys], True where visible.
-
-    Returns:
-        [batch, heads, queries, head_dim] in the dtype of `value`.
-    """
-    batch, heads, queries, head_dim = query.shape
-    groups = key.shape[1]
-    grouped = query.reshape(batch, groups, heads // groups, queries, head_dim)
-    scores = jnp.einsum("bgrqd,bgkd->bgrqk", grouped, key, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bgrqk,bgkd->bgrqd", weights, value).reshape(query.shape)
 
 
 class Attention(nnx.Module):
@@ -82,8 +56,9 @@ class Attention(nnx.Module):
         x: jax.Array,
         batch: int,
         rotary: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        sight: Visibility,
         cache: LayerCache | None,
+        attend: Attend,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x`: [batch * seq, hidden] -> the same shape, and the cache with the new keys and values if one was given."""
         query = self._heads(checkpoint_name(self.q_proj(x), "query_proj"), batch)
@@ -95,7 +70,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = LayerCache(write(cache.keys, key, cache.slot), write(cache.values, value, cache.slot), cache.slot)
             key, value = cache.keys, cache.values
-        mixed = attend(query, key, value, mask, scale=self.scale, softcap=self.softcap)
+        mixed = attend(query, key, value, sight, scale=self.scale, softcap=self.softcap)
         mixed = checkpoint_name(mixed.transpose(0, 2, 1, 3).reshape(x.shape[0], -1), "context")
         return checkpoint_name(self.o_proj(mixed), "out_proj"), cache
 

@@ -10,10 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_lora_jax.models.activations import ACTIVATIONS
+from moe_lora_jax.models.attending import Attend, choose
 from moe_lora_jax.models.attention import Attention, LayerCache
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
-from moe_lora_jax.models.masks import real_positions, segment_positions, visible
+from moe_lora_jax.models.masks import Tokens, Visibility, real_positions, segment_positions
 from moe_lora_jax.models.norm import RMSNorm
 from moe_lora_jax.models.repeat import run_layers
 from moe_lora_jax.models.rope import rotary_tables
@@ -62,11 +63,12 @@ class DecoderLayer(nnx.Module):
         x: jax.Array,
         batch: int,
         rotary: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        sight: Visibility,
         cache: LayerCache | None,
+        attend: Attend,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x`: [batch * seq, hidden] -> the same shape, and the updated cache if one was given."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), batch, rotary, mask, cache)
+        mixed, cache = self.self_attn(self.input_layernorm(x), batch, rotary, sight, cache, attend)
         if not self.feedforward_norms:
             x = x + mixed
             return x + self.mlp(self.post_attention_layernorm(x)), cache
@@ -77,13 +79,15 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """`model`: embeddings, layers, final norm.
 
-    `scan_layers` and `remat` say how the layers run (see `run_layers`), `mesh` on which devices.
+    `scan_layers` and `remat` say how the layers run (see `run_layers`), `attention` in which form they attend (see
+    `attending.choose`), `mesh` on which devices.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.scan_layers: bool = False
         self.remat: str = "none"
+        self.attention: str = "auto"
         self.mesh: Mesh | None = None
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
@@ -106,25 +110,37 @@ class Decoder(nnx.Module):
             segments: integers [batch, seq], without a cache: each run of equal ones is a sequence of its own.
         """
         batch, length = input_ids.shape
-        slots = jnp.arange(length)
+        config, slots = self.config, jnp.arange(length)
+        attend = choose(
+            self.attention,
+            config,
+            self.mesh,
+            length,
+            length if cache is None else cache.capacity,
+            cached=cache is not None,
+            placed=positions is not None,
+        )
         if cache is None:
             if positions is None and segments is not None:
                 positions = segment_positions(segments)
             elif positions is None:
                 positions = slots[None] if real is None else real_positions(real)
-            query_slots, key_slots, key_positions, key_real = slots, slots, positions, real
+            queries = keys = Tokens(slots, positions, segments)
         else:
             new = jnp.ones(input_ids.shape, bool) if real is None else real
             positions = cache.next_positions(new) if positions is None else positions
-            query_slots, key_slots = cache.length + slots, jnp.arange(cache.capacity)
+            queries = Tokens(cache.length + slots, positions, None)
             cache = cache.reserve(new, positions)
-            key_positions, key_real = cache.positions, cache.real
-        config = self.config
+            keys, real = Tokens(jnp.arange(cache.capacity), cache.positions, None), cache.real
         rotary = {rope: rotary_tables(rope, positions, config.head_dim) for rope in dict.fromkeys(config.layer_ropes)}
-        masks = {
-            window: visible(query_slots, key_slots, positions, key_positions, key_real, window, segments)
-            for window in dict.fromkeys(config.layer_windows)
-        }
+
+        windows = tuple(dict.fromkeys(config.layer_windows))
+        one_program = cache is None and self.scan_layers and len(windows) > 1
+
+        def sight(window: int | None) -> Visibility:
+            if one_program:  # for layers of every window
+                return Visibility(queries, keys, real, jnp.asarray(windows.index(window), jnp.int32), windows)
+            return Visibility(queries, keys, real, None, (window,))
 
         x = self._embedded(input_ids.reshape(-1), batch)
         if config.embedding_scale is not None:
@@ -132,28 +148,28 @@ class Decoder(nnx.Module):
         x = self._in_place(x, batch)
         pairs = list(zip(config.layer_ropes, config.layer_windows, strict=True))
         kinds = list(dict.fromkeys(pairs))
-        contexts = [(rotary[rope], masks[window]) for rope, window in kinds]
+        contexts = [(rotary[rope], sight(window)) for rope, window in kinds]
         if cache is None and (self.scan_layers or self.remat != "none"):
             x = run_layers(
                 self.layers,
                 x,
-                lambda layer, x, context: self._in_place(self._due(layer)(x, batch, *context, None)[0], batch),
+                lambda layer, x, context: self._in_place(self._due(layer)(x, batch, *context, None, attend)[0], batch),
                 contexts,
                 [kinds.index(pair) for pair in pairs],
                 scan=self.scan_layers,
                 remat=self.remat,
             )
             return self.norm(x).reshape(batch, length, -1), None
-        keys, values = [], []
+        all_keys, all_values = [], []
         for index, layer in enumerate(self.layers):
-            own = None if cache is None else LayerCache(cache.keys[index], cache.values[index], query_slots[0])
-            x, own = layer(x, batch, *contexts[kinds.index(pairs[index])], own)
+            own = None if cache is None else LayerCache(cache.keys[index], cache.values[index], queries.slots[0])
+            x, own = layer(x, batch, *contexts[kinds.index(pairs[index])], own, attend)
             x = self._in_place(x, batch)
             if own is not None:
-                keys.append(own.keys)
-                values.append(own.values)
+                all_keys.append(own.keys)
+                all_values.append(own.values)
         if cache is not None:
-            cache = replace(cache, keys=tuple(keys), values=tuple(values))
+            cache = replace(cache, keys=tuple(all_keys), values=tuple(all_values))
         return self.norm(x).reshape(batch, length, -1), cache
 
     def _embedded(self, ids: jax.Array, batch: int) -> jax.Array:

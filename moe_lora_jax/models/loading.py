@@ -30,6 +30,7 @@ def load_base_model(
     dtype: Any = None,
     scan_layers: bool = False,
     remat: Remat | None = None,
+    attention: str = "auto",
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> CausalLM:
@@ -48,8 +49,11 @@ def load_base_model(
             Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) still loop.
         remat: what of a layer is kept for the backward pass, which computes the rest again: "none" computes nothing
             again, "full" keeps the layer's input alone, "minimal" all its products too; `models.remat` has more. None:
-            "full" with `scan_layers`, else "none". Saves memory on the CPU only together with `scan_layers`. Neither
-            switch changes values, names or files.
+            "full" with `scan_layers`, else "none". Saves memory on the CPU only together with `scan_layers`. None of
+            these switches changes values, names or files.
+        attention: "auto" takes splash (a Pallas kernel) on TPUs and cuDNN on GPUs; elsewhere, and for what these
+            cannot do (one line through `logging` says it), "plain", or for long rows "chunked", whose memory grows with
+            the row and not with its square. Each of these words asks for that form.
         mesh: devices to spread the weights over, with some of the axes "data", "fsdp", "tensor" and "expert".
         rules: which axis of which weight goes where.
 
@@ -58,7 +62,7 @@ def load_base_model(
             wrong shape or of an unsupported dtype; all of them in one error.
         ConfigError: the architecture or fields of config.json are not supported, by name; or the mesh does not divide
             weights, by name.
-        ValueError: an unsupported `dtype` or `remat`.
+        ValueError: an unsupported `dtype`, `remat` or `attention`.
     """
     wanted = checked_dtype(dtype)
     directory = Path(directory)
@@ -73,7 +77,9 @@ def load_base_model(
 
     with WeightFiles(directory) as files:
         config = replace(config, dtype=wanted or stored_dtype(files, stated))
-        shapes = abstract_model(config, scan_layers=scan_layers, remat=remat, mesh=mesh, rules=rules)
+        shapes = abstract_model(
+            config, scan_layers=scan_layers, remat=remat, attention=attention, mesh=mesh, rules=rules
+        )
         graphdef, state = nnx.split(shapes)
         parameters = nnx.to_flat_state(state)
         names = {path: _stored_name(path) for path, _ in parameters}

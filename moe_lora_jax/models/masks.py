@@ -1,7 +1,13 @@
 """Which keys each query may see."""
 
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_ALL = np.iinfo(np.int32).max  # a window that leaves nothing out
 
 
 def real_positions(real: jax.Array) -> jax.Array:
@@ -22,35 +28,52 @@ def segment_positions(segments: jax.Array) -> jax.Array:
     return slots - jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
 
 
-def visible(
-    query_slots: jax.Array,
-    key_slots: jax.Array,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    real: jax.Array | None,
-    window: int | None,
-    segments: jax.Array | None = None,
-) -> jax.Array:
-    """Causal visibility, as bool [batch or 1, 1, queries, keys].
+class Tokens(NamedTuple):
+    """What decides who sees whom.
 
-    A query sees the real keys written no later than itself and, with a window, fewer than `window` positions back.
-    Order is that of the slots (columns of the batch, or of the cache). Distance is that of the positions, because a
-    right-padded prompt leaves a gap of unused slots before the tokens generated after it.
-
-    Args:
-        query_slots: int32 [queries].
-        key_slots: int32 [keys].
-        query_positions: int32 [batch or 1, queries].
-        key_positions: int32 [batch or 1, keys].
-        real: bool [batch, keys], False for padding; None if there is none.
-        window: how many tokens back a query sees, itself included; None for all.
-        segments: integers [batch, keys], where the keys are the queries: a token sees its own segment alone.
+    slots: int32 [tokens], their columns in the batch or in the cache.
+    positions: int32 [batch or 1, tokens].
+    segments: integers [batch, tokens]; None if a row is one sequence.
     """
-    mask = (key_slots <= query_slots[:, None])[None]
-    if real is not None:
-        mask = mask & real[:, None, :]
-    if segments is not None:
-        mask = mask & (segments[:, :, None] == segments[:, None, :])
-    if window is not None:
-        mask = mask & (query_positions[:, :, None] - key_positions[:, None, :] < window)
-    return mask[:, None]
+
+    slots: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Visibility:
+    """Causal visibility, in arrays that grow with the sequence and not with its square.
+
+    A query sees the real keys of its segment that were written no later than itself and, with a window, fewer than
+    `window` positions back. Order is that of the slots. Distance is that of the positions, because a right-padded
+    prompt leaves a gap of unused slots before the tokens generated after it.
+
+    Attributes:
+        queries, keys: the tokens; the same object where each is both.
+        real: bool [batch, keys], False for padding; None if there is none.
+        windows: how many tokens back a query sees, itself included, None for all; one for each kind of layer.
+        which: int32 scalar, the layer's own of these windows; None if there is one only.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    real: jax.Array | None
+    which: jax.Array | None
+    windows: tuple[int | None, ...] = field(metadata={"static": True})
+
+    def mask(self) -> jax.Array:
+        """bool [batch or 1, 1, queries, keys], True where visible."""
+        queries, keys = self.queries, self.keys
+        window: jax.Array | int | None = self.windows[0]
+        mask = (keys.slots <= queries.slots[:, None])[None]
+        if self.real is not None:
+            mask = mask & self.real[:, None, :]
+        if queries.segments is not None and keys.segments is not None:
+            mask = mask & (queries.segments[:, :, None] == keys.segments[:, None, :])
+        if self.which is not None:
+            window = jnp.asarray([_ALL if w is None else w for w in self.windows], jnp.int32)[self.which]
+        if window is not None:
+            mask = mask & (queries.positions[:, :, None] - keys.positions[:, None, :] < window)
+        return mask[:, None]
