@@ -136,6 +136,14 @@ def test_positions_begin_with_every_segment():
     np.testing.assert_array_equal(segment_positions(segments), expected)
 
 
+def test_a_number_that_comes_again_is_another_segment(saved):
+    _, row, segments = packed()
+    again = np.where(segments == 3, 1, segments)  # 1, 2, 1, 4
+    assert (again != segments).any()
+    model = mlj.load_base_model(saved("llama")[1])
+    np.testing.assert_array_equal(model(row, segment_ids=again), model(row, segment_ids=segments))
+
+
 def test_segments_beside_what_they_replace_are_refused(saved):
     _, row, segments = packed()
     model = mlj.load_base_model(saved("llama")[1])

@@ -18,9 +18,11 @@ BEGIN, END = "<!-- the table of tools/plan_table.py -->\n", "<!-- its end -->\n"
 MODELS = {"8B": "llama-3-8b", "32B": "qwen2.5-32b", "70B": "llama-3-70b"}
 DEVICES = {"v5e:4x4": 16, "v5e:8x8": 64, "v6e:2x4": 8, "v5p:2x2x4": 16, "h100:8": 8}
 TOKENS = 2048
+LONGER = {("8B", "v5e:4x4"): (8192,), ("8B", "v5e:8x8"): (32768,), ("8B", "v6e:2x4"): (8192, 32768)}
 HEAD = [
     "model",
     "devices",
+    "tokens",
     "fits",
     "needed",
     "of",
@@ -33,11 +35,11 @@ HEAD = [
 ]
 
 
-def command(model: str, devices: str) -> list[str]:
+def command(model: str, devices: str, tokens: int) -> list[str]:
     """One row of tokens on every device, all linear layers, 8 experts of rank 16, top 2, against LoRA of rank 128."""
     number = DEVICES[devices]
     words = f"--config tools/shapes/{MODELS[model]}.json --topology {devices} --mesh fsdp={number}"
-    words += f" --batch {number} --seq {TOKENS} --num-experts 8 --r 16 --top-k 2 --scan-layers --compare lora"
+    words += f" --batch {number} --seq {tokens} --num-experts 8 --r 16 --top-k 2 --scan-layers --compare lora"
     return words.split()
 
 
@@ -59,7 +61,7 @@ def told(words: list[str], again: bool) -> dict:
     return json.loads(file.read_text())
 
 
-def row(model: str, devices: str, found: dict) -> list[str]:
+def row(model: str, devices: str, tokens: int, found: dict) -> list[str]:
     """The cells of one command's answer."""
     lora, cycles = found["lora"], found["cycles"]
     both = cycles is not None and lora["cycles"] is not None
@@ -67,6 +69,7 @@ def row(model: str, devices: str, found: dict) -> list[str]:
     return [
         model,
         devices,
+        f"{tokens:,}",
         "yes" if found["fits"] else "no",
         *(f"{size / 2**30:.2f}" for size in sizes),
         "" if cycles is None else f"{cycles / 1e6:,.0f}",
@@ -81,13 +84,15 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--print", action="store_true")
     chosen = parser.parse_args()
-    every = {(model, devices): command(model, devices) for model in MODELS for devices in DEVICES}
-    for names, words in every.items():
-        if chosen.only in " ".join(names):
+    names = [(model, devices) for model in MODELS for devices in DEVICES]
+    cases = [(*pair, tokens) for pair in names for tokens in (TOKENS, *LONGER.get(pair, ()))]
+    every = {case: command(*case) for case in cases}
+    for case, words in every.items():
+        if chosen.only in " ".join(map(str, case)):
             print("moe-lora plan", *words) if chosen.print else told(words, chosen.again)
     if chosen.print:
         return
-    rows = [row(*names, told(words, again=False)) for names, words in every.items() if kept(words).exists()]
+    rows = [row(*case, told(words, again=False)) for case, words in every.items() if kept(words).exists()]
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     before, _, rest = PAGE.read_text().partition(BEGIN)

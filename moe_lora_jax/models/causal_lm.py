@@ -17,6 +17,7 @@ from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.decoder import Decoder
 from moe_lora_jax.models.head import Matrix, matrix_of, product
+from moe_lora_jax.models.masks import segment_runs
 from moe_lora_jax.models.precision import in_its_precision
 from moe_lora_jax.models.vocabulary import check_ids, given_ids
 from moe_lora_jax.sharding import base_when_due
@@ -137,7 +138,7 @@ class CausalLM(nnx.Module):
             )
         if problems:
             raise ValueError("; ".join(problems))
-        segments = None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+        segments = None if segment_ids is None else segment_runs(jnp.asarray(segment_ids))
         real = segments if attention_mask is None else jnp.asarray(attention_mask)
         real = None if real is None else real != 0
         check_ids(self, input_ids, real)

@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
             real: bool [batch, seq], False for padding; None if there is none.
             positions: int32 [batch, seq] for the rotation; None counts the real tokens of each row or segment.
             cache: earlier tokens of the same rows; None without any, and then None is returned.
-            segments: integers [batch, seq], without a cache: each run of equal ones is a sequence of its own.
+            segments: integers [batch, seq], without a cache: each number is a sequence, see `segment_runs`.
         """
         batch, length = input_ids.shape
         config, slots = self.config, jnp.arange(length)

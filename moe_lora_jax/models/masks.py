@@ -18,14 +18,22 @@ def real_positions(real: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
-def segment_positions(segments: jax.Array) -> jax.Array:
-    """Position of each token counted from the first of its segment: int [batch, seq] -> int32 [batch, seq].
+def segment_runs(segment_ids: jax.Array) -> jax.Array:
+    """Every run of equal numbers as a segment of its own, also where a number comes again: 4 4 2 4 0 -> 1 1 2 3 0.
 
-    A segment is a run of equal numbers.
+    Integers [batch, seq] -> int32 [batch, seq]; 0 stays 0, padding.
     """
+    return jnp.where(segment_ids == 0, 0, jnp.cumsum(_begins(segment_ids), axis=1, dtype=jnp.int32))
+
+
+def segment_positions(segments: jax.Array) -> jax.Array:
+    """Position of each token counted from the first of its segment: int [batch, seq] -> int32 [batch, seq]."""
     slots = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
-    return slots - jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+    return slots - jax.lax.cummax(jnp.where(_begins(segments), slots, 0), axis=1)
+
+
+def _begins(segments: jax.Array) -> jax.Array:
+    return jnp.diff(segments, axis=1, prepend=segments[:, :1] - 1) != 0
 
 
 class Tokens(NamedTuple):
