@@ -169,9 +169,8 @@ class CausalLM(nnx.Module):
         else:
             first, second = cache if cache is not None else (None, None)
             router.begin_first_pass()
-            hidden, first = self.model(
-                input_ids, real, positions, first, segments
-            )  # without gates: without the adapter
+            # without gates: without the adapter
+            hidden, first = self.model(input_ids, real, positions, first, segments)
             router.route_hidden(hidden)
             hidden, second = self.model(input_ids, real, positions, second, segments)
             cache = None if cache is None else (first, second)
