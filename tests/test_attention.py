@@ -189,7 +189,7 @@ def test_blocks_equal_transformers(case, saved, monkeypatch):
         np.testing.assert_allclose(found[real] / scale, wanted[real] / scale, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("switches", [dict(scan_layers=True), dict(scan_layers=True, remat="dots_saveable")], ids=str)
+@pytest.mark.parametrize("switches", [dict(scan_layers=True), dict(scan_layers=True, remat="minimal")], ids=str)
 def test_gradients_through_blocks_are_those_of_all_scores(switches, saved, monkeypatch):
     ids = np.random.default_rng(0).integers(3, VOCAB, (2, 18))
 
