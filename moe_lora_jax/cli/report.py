@@ -27,7 +27,7 @@ def report(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a page about an adapter: a verdict on its routers, answers before and after, who works on which token.
+    """Write a page about an adapter: a verdict on its routers, answers before and after, experts by token.
 
     The page is one file that needs no network and no script; its figures are also written as PNG into a folder of the
     same name. The verdict is printed, too.

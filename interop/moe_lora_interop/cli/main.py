@@ -29,7 +29,7 @@ SUMMARIES = {
     "plan": "Say whether a training run fits on devices that are not here, and what a step costs.",
     "push": "Check an adapter, and upload it to the Hugging Face Hub. Exit code 1: it is not sound, and stays here.",
     "quickstart": "Train a small mixture, show what its experts do, and load it in PyTorch PEFT.",
-    "report": "Write a page about an adapter: a verdict on its routers, answers before and after, who works on which token.",
+    "report": "Write a page about an adapter: a verdict on its routers, answers before and after, experts by token.",
     "run": "Run a Python script with the PEFT method MOE_LORA registered, although it never imports it.",
     "train": "Train an adapter and write it where PEFT and moe-lora can read it.",
     "verify": "Check a checkpoint completely. Exit code 0: sound, 1: not.",
