@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import arrays, compiled_once, tiny_base, tiny_model, token_data  # noqa: F401
 
@@ -25,6 +25,8 @@ from moe_lora_jax.train.settings import TrainSettings
 pytestmark = pytest.mark.usefixtures("compiled_once")
 DATA = replace(token_data(40), max_length=48)
 NOISY = {"lora_dropout": 0.2, "router_jitter_noise": 0.05, "router_aux_loss_coef": 0.01}
+
+REPEATABLE = settings(max_examples=300, deadline=None, database=None, derandomize=True)
 
 plans = st.integers(1, 40).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), min_size=1, max_size=60))
@@ -52,18 +54,21 @@ def next_fit(lengths: list[int], capacity: int) -> int:
     return rows
 
 
+@REPEATABLE
 @given(plans)
 def test_the_plan_is_best_fit_decreasing(plan):
     capacity, lengths = plan
     ordered = sorted(lengths, reverse=True)
     rows = best_fit(np.array(ordered), capacity)
     found = [[length for length, row in zip(ordered, rows, strict=True) if row == n] for n in range(rows.max() + 1)]
-    assert sorted(found) == sorted(one_by_one(ordered, capacity))
+    # of two rows that are equally full either is right, so which examples are together may differ
+    assert sorted(map(sum, found)) == sorted(map(sum, one_by_one(ordered, capacity)))
     assert all(0 < sum(row) <= capacity for row in found)
     assert sum(2 * sum(row) <= capacity for row in found) <= 1  # two of them would have been one
     assert len(found) <= 11 / 9 * next_fit(lengths, capacity) + 6 / 9  # which is no better than the best there is
 
 
+@REPEATABLE
 @given(plans, st.integers(0, 3))
 def test_every_example_is_in_one_row_and_the_seed_decides_alone(plan, seed):
     capacity, lengths = plan
