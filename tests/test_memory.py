@@ -17,6 +17,7 @@ from moe_lora_interop.cli import inspect_verify as verbs
 from moe_lora_interop.cli import main as cli
 from moe_lora_interop.errors import OutOfMemoryError
 from moe_lora_interop.memory import explained, is_out_of_memory
+from moe_lora_jax.models.attending import choice
 from moe_lora_jax.train.checkpoints import Checkpoints, Snapshot
 from tests.adapters import make_adapter
 
@@ -41,6 +42,7 @@ def long(small_dirs, compiled_once):  # noqa: F811
 def test_train(long, tmp_path, capfd):
     base, data, _ = long
     line = f"train --model {base} --data {data} --output-dir {tmp_path / 'out'} --max-length {TOKENS} --batch-size 2"
+    line += " --attention plain"  # all scores at once: block by block they would fit
     assert cli.main([*line.split(), "--steps", "1", "--target-modules", "q_proj"]) == 3
     shown = capfd.readouterr().err
     assert f"out of memory while training with batches of 2 rows of up to {TOKENS} tokens" in shown
@@ -50,7 +52,8 @@ def test_train(long, tmp_path, capfd):
 
 
 @promises_everything
-def test_generate(long, capfd):
+def test_generate(long, capfd, monkeypatch):
+    monkeypatch.setattr(choice, "SHORT", TOKENS**3)  # then all scores at once here, too
     base, _, text = long
     assert cli.main(["generate", "--model", str(base), "--prompt", text, "--max-new-tokens", "4"]) == 3
     shown = capfd.readouterr().err
