@@ -182,6 +182,15 @@ def test_a_card_says_how_its_adapter_was_trained(tmp_path):
     ) in saved(tmp_path)
 
 
+@pytest.mark.parametrize("run", ["{", "[]", '{"settings": {}}', '{"settings": {"batch_size": "all"}, "data": 1}'])
+@pytest.mark.parametrize("metrics", ["[1]", '{"lm_loss": 2}', '{"step": 1, "lm_loss": 2}'])
+def test_a_folder_of_another_program_stops_no_save(tmp_path, run, metrics):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "run.json").write_text(run)
+    (tmp_path / "training" / "metrics.jsonl").write_text(metrics)
+    assert "## Training" not in saved(tmp_path)
+
+
 def test_the_blocks_name_the_base_and_the_place_on_the_hub():
     card = model_card(MoeLoraConfig(base_model_name_or_path="org/base"), {}, repo_id="user/mixture")
     for line in (

@@ -14,7 +14,8 @@ from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.errors import ConfigError, printable
 from moe_lora_jax.train.data import TokenData, read_data
-from moe_lora_jax.train.tokenizer import load_tokenizer
+from moe_lora_jax.train.examples import Examples
+from moe_lora_jax.train.tokenizer import load_tokenizer, pieces
 
 OPEN, CLOSE = "⟦", "⟧"
 
@@ -68,21 +69,16 @@ def data(
 
 
 def parts(tokenizer: Any, ids: np.ndarray, counted: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Runs of tokens that carry the loss or do not: {"loss", "text", "ids"}. The first token, predicted by none, never.
-
-    The text is what decoding up to a run's end adds: some tokenizers drop the space at the start of what they decode.
-    """
+    """Runs of tokens that carry the loss or do not: {"loss", "text", "ids"}. The first token never does."""
     carries = [False, *map(bool, counted[1:])]
-    end, before = 0, ""
-    for loss, run in groupby(range(len(ids)), key=lambda i: carries[i]):
-        start, end = end, end + len(list(run))
-        text = tokenizer.decode(ids[:end].tolist(), clean_up_tokenization_spaces=False)
-        yield {"loss": loss, "text": text[len(before) :], "ids": ids[start:end].tolist()}
-        before = text
+    tokens = zip(carries, pieces(tokenizer, ids.tolist()), ids.tolist(), strict=True)
+    for loss, run in groupby(tokens, key=lambda token: token[0]):
+        _, texts, numbers = zip(*run, strict=True)
+        yield {"loss": loss, "text": "".join(texts), "ids": list(numbers)}
 
 
 def quartiles(found: TokenData) -> dict[str, int]:
     """Of the examples' lengths."""
-    lengths = np.array([len(e.ids) for e in found.examples])
+    lengths = Examples.of(found.examples).lengths
     shares = {"shortest": 0, "half up to": 0.5, "nine tenths up to": 0.9, "longest": 1}
     return {name: int(np.quantile(lengths, share, method="nearest")) for name, share in shares.items()}

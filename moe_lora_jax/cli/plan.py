@@ -104,15 +104,7 @@ def _planned(
 ) -> Plan:
     devices = topology(words).devices
     mesh = make_mesh(program.axes() or {"data": len(devices)}, devices=devices)
-    dtype = None if program.dtype == "stored" else program.dtype
-    base = abstract_base_model(
-        source,
-        dtype=dtype,
-        scan_layers=program.scan_layers,
-        remat=program.remat,
-        attention=program.attention,
-        mesh=mesh,
-    )
+    base = abstract_base_model(source, mesh=mesh, **program.arguments())
     apply_moe_lora(base, config, rngs=nnx.Rngs(0))
     return run(base, settings, max_length=seq)
 

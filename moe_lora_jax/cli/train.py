@@ -87,15 +87,7 @@ def train(
     once(lambda: check_free(output_dir, resume=checked.resume))
     with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(model, examples.chat_template)
-        dtype = None if machine.dtype == "stored" else machine.dtype
-        base = load_base_model(
-            model,
-            dtype=dtype,
-            scan_layers=machine.scan_layers,
-            remat=machine.remat,
-            attention=machine.attention,
-            mesh=mesh,
-        )
+        base = load_base_model(model, mesh=mesh, **machine.arguments())
         vocabulary = base.config.vocab_size
         read = partial(read_data, tokenizer=tokenizer, max_length=examples.max_length, vocab_size=vocabulary)
         train_data, eval_data = read(data), None

@@ -10,6 +10,7 @@ import tyro
 from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.errors import ConfigError
+from moe_lora_jax.models.attending import Form
 from moe_lora_jax.models.remat import Remat
 from moe_lora_jax.train.settings import TrainSettings
 
@@ -155,8 +156,14 @@ class ProgramFlags:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     scan_layers: bool = False
     remat: Annotated[Remat | None, otherwise("full with scan_layers, else none")] = None
-    attention: Literal["auto", "plain", "chunked", "cudnn", "splash"] = "auto"
+    attention: Form = "auto"
     mesh: tuple[str, ...] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """What `load_base_model` and `abstract_base_model` take of them, but for the mesh."""
+        dtype = None if self.dtype == "stored" else self.dtype
+        same = {name: getattr(self, name) for name in ("scan_layers", "remat", "attention")}
+        return {"dtype": dtype, **same}
 
     def axes(self) -> dict[str, int]:
         """{axis: size} of the words that are right; `problems` names the others."""

@@ -18,7 +18,7 @@ from moe_lora_jax.train.data import Example, TokenData, check_vocabulary
 from moe_lora_jax.train.evaluation import run_batches, split_for_evaluation
 from moe_lora_jax.train.health import gate_shares
 from moe_lora_jax.train.step import Batch
-from moe_lora_jax.train.tokenizer import text_ids
+from moe_lora_jax.train.tokenizer import pieces, text_ids
 
 BATCH_SIZE = 8
 MODULES = 3
@@ -105,22 +105,6 @@ def most_telling(bits: Mapping[str, float], count: int) -> list[str]:
     """The modules with the most information, at most `count`, in the model's order."""
     best = set(sorted(bits, key=lambda module: -bits[module])[:count])
     return [module for layers in by_projection(bits).values() for module in layers.values() if module in best]
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text; a token that ends inside a character adds nothing."""
-    found, before = [], ""
-    for end in range(1, len(ids) + 1):
-        after = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if after.endswith("\ufffd") and end < len(ids):  # half a character
-            found.append("")
-        elif after.startswith(before):
-            found.append(after[len(before) :])
-            before = after
-        else:  # this tokenizer changes what came before
-            found.append(str(tokenizer.convert_ids_to_tokens(ids[end - 1])))
-            before = after
-    return found
 
 
 def _shares(model: Any, batch: Batch) -> dict[str, jax.Array]:

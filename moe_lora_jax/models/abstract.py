@@ -15,7 +15,7 @@ from moe_lora_interop.disk.dtypes import NUMPY, STORED
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.disk.model_directory import INDEX, SINGLE, WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
-from moe_lora_jax.models.attending import check_attention
+from moe_lora_jax.models.attending import Form, check_attention
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.remat import Remat, checked
@@ -31,7 +31,7 @@ def abstract_base_model(
     dtype: Any = None,
     scan_layers: bool = False,
     remat: Remat | None = None,
-    attention: str = "auto",
+    attention: Form = "auto",
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> CausalLM:
@@ -69,7 +69,7 @@ def abstract_model(
     *,
     scan_layers: bool,
     remat: Remat | None,
-    attention: str,
+    attention: Form,
     mesh: Mesh | None,
     rules: Rules,
 ) -> CausalLM:

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_lora_jax.models.activations import ACTIVATIONS
-from moe_lora_jax.models.attending import Attend, choose
+from moe_lora_jax.models.attending import Attend, Form, choose
 from moe_lora_jax.models.attention import Attention, LayerCache
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.scan_layers: bool = False
         self.remat: str = "none"
-        self.attention: str = "auto"
+        self.attention: Form = "auto"
         self.mesh: Mesh | None = None
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])

@@ -16,6 +16,7 @@ from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.models.abstract import INERT, abstract_model, checked_dtype, stored_dtype
+from moe_lora_jax.models.attending import Form
 from moe_lora_jax.models.causal_lm import CausalLM
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.remat import Remat
@@ -30,7 +31,7 @@ def load_base_model(
     dtype: Any = None,
     scan_layers: bool = False,
     remat: Remat | None = None,
-    attention: str = "auto",
+    attention: Form = "auto",
     mesh: Mesh | None = None,
     rules: Rules = RULES,
 ) -> CausalLM:

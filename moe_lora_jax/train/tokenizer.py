@@ -48,6 +48,22 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return front + ids + back
 
 
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the decoded text; a token that ends inside a character adds nothing."""
+    found, before = [], ""
+    for end in range(1, len(ids) + 1):
+        after = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if after.endswith("\ufffd") and end < len(ids):  # half a character
+            found.append("")
+        elif after.startswith(before):
+            found.append(after[len(before) :])
+            before = after
+        else:  # this tokenizer changes what came before
+            found.append(str(tokenizer.convert_ids_to_tokens(ids[end - 1])))
+            before = after
+    return found
+
+
 def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:
     """Writes the tokenizer beside an adapter, as PEFT's and TRL's trainers do; files that are there stay."""
     with tempfile.TemporaryDirectory() as made:

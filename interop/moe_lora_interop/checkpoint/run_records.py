@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.errors import CheckpointError
 
 FOLDER, RUN, METRICS, STARTS = "training", "run.json", "metrics.jsonl", "starts.jsonl"
 
@@ -28,7 +29,17 @@ def read_settings(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def training_in_words(output_dir: Path) -> str:
-    """How long and on how many examples the adapter was trained, and the losses; empty where no run has left a word."""
+    """How long and on how many examples the adapter was trained, and the losses.
+
+    Empty where no run has left a word, or another program has a folder of this name: no save fails for want of words.
+    """
+    try:
+        return _in_words(output_dir)
+    except (OSError, ValueError, KeyError, TypeError, CheckpointError):
+        return ""
+
+
+def _in_words(output_dir: Path) -> str:
     run, metrics = output_dir / FOLDER / RUN, read_metrics(output_dir)
     steps = [record["step"] for record in metrics if "lm_loss" in record]
     if not run.is_file() or not steps:

@@ -2,7 +2,7 @@
 
 import logging
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +13,7 @@ from moe_lora_jax.models.masks import Visibility
 
 logger = logging.getLogger(__name__)
 
-FORMS = ("auto", "plain", "chunked", "cudnn", "splash")
+Form = Literal["auto", "plain", "chunked", "cudnn", "splash"]
 SHORT = 256**2
 """Up to so many pairs of a query and a key there are all scores at once: above it a CPU is faster block by block."""
 
@@ -34,36 +34,37 @@ class Attend(Protocol):
 
 
 def check_attention(attention: str) -> None:
-    """Raises ValueError unless it is one of `FORMS`."""
-    if attention not in FORMS:
-        raise ValueError(f"attention: found {attention!r}, expected one of {', '.join(FORMS)}")
+    """Raises ValueError unless it is a `Form`."""
+    if attention not in get_args(Form):
+        raise ValueError(f"attention: found {attention!r}, expected one of {', '.join(get_args(Form))}")
 
 
 def choose(
-    attention: str, config: DecoderConfig, mesh: Mesh | None, queries: int, keys: int, *, cached: bool, placed: bool
+    attention: Form, config: DecoderConfig, mesh: Mesh | None, queries: int, keys: int, *, cached: bool, placed: bool
 ) -> Attend:
     """The form for a program of so many queries and keys a row; one line through `logging` if it is not the wanted one.
 
     Args:
-        attention: one of `FORMS`. "auto" is splash on TPUs and cuDNN on GPUs; elsewhere plain, and chunked for many
+        attention: a `Form`. "auto" is splash on TPUs and cuDNN on GPUs; elsewhere plain, and chunked for many
             tokens.
         mesh: the devices to compile for; None is JAX's default ones.
         cached: the keys are those of a cache, for which there are the portable forms only.
         placed: positions were given by the caller; kernels measure windows by the default ones.
     """
-    if attention in ("plain", "chunked"):
-        return plain.attend if attention == "plain" else chunked.attend
-    portable, name = (plain.attend, "plain") if queries * keys <= SHORT else (chunked.attend, "chunked")
+    portable = {"plain": plain.attend, "chunked": chunked.attend}
+    name = "plain" if queries * keys <= SHORT else "chunked"
     platform = _platform(mesh)
     wanted = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform) if attention == "auto" else attention
+    if wanted in portable:
+        return portable[wanted]
     if wanted is None or cached:
-        return portable
+        return portable[name]
     problem = splash.unable(config, platform) if wanted == "splash" else cudnn.unable(config, platform, queries)
     if placed and any(window is not None for window in config.layer_windows):
         problem = problem or "positions: found given ones in a model with windows, expected the default"
     if problem is not None:
         logger.warning("attention is %s: %s cannot: %s", name, wanted, problem)
-        return portable
+        return portable[name]
     return partial(splash.attend, mesh=mesh) if wanted == "splash" else cudnn.attend
 
 
