@@ -38,7 +38,9 @@ QWEN = {
 def compiled(sizes, attention) -> tuple[set[str], int]:
     """Shapes [..., LENGTH, LENGTH] in the program of a gradient, and how many Pallas kernels it has."""
     mesh = make_mesh(sizes, devices=topology("v5e:2x2").devices)
-    model = mlj.abstract_base_model(QWEN, dtype="bfloat16", attention=attention, scan_layers=True, mesh=mesh)
+    model = mlj.abstract_base_model(
+        QWEN, dtype="bfloat16", attention=attention, scan_layers=True, remat="none", mesh=mesh
+    )
     graph, state = nnx.split(model)
     rows = jax.ShapeDtypeStruct((CHIPS, LENGTH), jnp.int32, sharding=row_sharding(mesh))
 
