@@ -83,9 +83,9 @@ tunix: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target build/tunix -r tools/tunix.txt
 	PYTHONPATH=build/tunix $(BIN)/python -m pytest tests/test_tunix.py
 
-# a site in build/site; links are checked
+# a site in build/site; links are checked (with --quiet MkDocs would not count its warnings)
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # the notebooks, from top to bottom: a claim that no longer holds fails. New outputs: make notebooks-outputs
 notebooks: .venv/installed

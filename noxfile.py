@@ -16,7 +16,10 @@ nox.options.reuse_venv = "yes"
 
 ROOT = Path(__file__).parent
 ROUND_TRIPS = ("test_golden", "test_files", "test_checkpoint", "test_parity", "test_cli")
-EXTRAS = ("", "jax", "torch", "all")
+# what `make package` installs the wheel with; PyPI's torch for Python 3.12 and newer brings CUDA, so there without it
+WHEELS = [("3.11", ""), ("3.11", "jax"), ("3.11", "torch"), ("3.11", "all")]
+WHEELS += [(version, extra) for version in ("3.12", "3.13") for extra in ("", "jax")]
+WHEEL_NAMES = [f"{version}-{extra or 'alone'}" for version, extra in WHEELS]
 # the tests of what runs in JAX alone; the first are the short form. What equals PyTorch is shown on Python 3.11
 CURRENT_QUICK = ("layers", "gating", "apply", "checkpoint", "display", "train_step", "verbs_quickstart")
 CURRENT = (*CURRENT_QUICK, "adapter", "adapter_dtypes", "authenticity", "comparison", "data")
@@ -55,17 +58,16 @@ def compat(session: nox.Session, versions: str) -> None:
     session.run("python", "-m", "pytest", "-W", "default", *tests, *session.posargs, env=ENVIRONMENT)
 
 
-def newest_python() -> str | None:
-    """The newest interpreter here that today's jax takes; pyenv's are not on the path."""
-    homes = sorted((Path.home() / ".pyenv/versions").glob("3.1[23]*/bin/python"), reverse=True)
-    for found in ("python3.13", "python3.12", *map(str, homes)):
-        tried = [found, "-c", "import sys; assert sys.version_info >= (3, 12)"]
-        if shutil.which(found) and subprocess.run(tried, capture_output=True).returncode == 0:
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs here; pyenv's are not on the path, and its shims may not run."""
+    homes = sorted((Path.home() / ".pyenv/versions").glob(f"{version}*/bin/python"), reverse=True)
+    for found in (f"python{version}", *map(str, homes)):
+        if shutil.which(found) and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
             return found
     return None
 
 
-@nox.session(python=newest_python())
+@nox.session(python=interpreter("3.13") or interpreter("3.12"))
 def current(session: nox.Session) -> None:
     """Today's jax and flax, which need Python 3.12 or newer; without torch. `-- --quick` is the short form."""
     if session.python is None:
@@ -91,12 +93,14 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session(requires=["build"])
-@nox.parametrize("extra", EXTRAS)
+@nox.parametrize("python,extra", [(interpreter(version) or version, extra) for version, extra in WHEELS], WHEEL_NAMES)
 def package(session: nox.Session, extra: str) -> None:
     """The wheel in a clean environment with one extra: what is there works, and the rest says what to install."""
     (wheel,) = (ROOT / "dist").glob("*.whl")
+    newer = session.run("python", "-c", "import sys; print(sys.version_info >= (3, 12))", silent=True).strip() == "True"
+    constraints = "constraints-current.txt" if newer else "constraints.txt"
     session.install("--force-reinstall", "--no-deps", str(wheel))
-    session.install("-c", "constraints.txt", f"moe-lora-jax[{extra}] @ {wheel.as_uri()}")
+    session.install("-c", constraints, f"moe-lora-jax[{extra}] @ {wheel.as_uri()}")
     script, goldens = ROOT / "tools" / "check_installed.py", ROOT / "tests" / "golden"
     session.chdir(session.create_tmp())  # not the checkout: nothing but the wheel can be imported
     session.run("python", "-W", "error", str(script), extra, str(goldens), env=ENVIRONMENT)

@@ -1,5 +1,7 @@
 """The code blocks of README.md, the pages in docs/ and CONTRIBUTING.md are run, in order, as a reader would."""
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -66,10 +68,46 @@ def test_the_code_of(page, furnished, tmp_path, monkeypatch):
         example.evaluate()
 
 
-def test_the_site_builds_without_a_broken_link(tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+# what people type, and the page that must be among those found
+SEARCHED = {
+    "packing": "your-data",
+    "multi-turn": "your-data",
+    "Colab": "cookbook",
+    "Kaggle": "cookbook",
+    "Slurm": "cookbook",
+    "wandb": "cookbook",
+    "vLLM": "serve",
+    "sequence length": "long-sequences",
+    "Qwen3-MoE": "faq",
+    "OOM": "when-something-is-wrong",
+    "learning rate": "pick-a-mixture",
+}
+
+
+def build_site(config: Path, to: Path):
+    # without --quiet, with which MkDocs counts no warnings, and a broken link would pass
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config), "--site-dir", str(to)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+
+
+def test_the_site_builds_without_a_broken_link_and_is_found_by_searching(tmp_path):
+    done = build_site(ROOT / "mkdocs.yml", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "moe-lora train" in (tmp_path / "commands.html").read_text()
     assert "MoeLoraLinear" in (tmp_path / "api/moe_lora_jax.html").read_text()
+    assert "wrap.css" in (tmp_path / "index.html").read_text()
+    index = json.loads((tmp_path / "search/search_index.json").read_text())["docs"]
+    missing = [
+        f"{words}: {page}"
+        for words, page in SEARCHED.items()
+        if not any(words.lower() in f"{d['title']} {d['text']}".lower() for d in index if d["location"].startswith(page))
+    ]
+    assert not missing
+
+
+def test_a_broken_link_is_noticed(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text("[nowhere](nowhere.md)")
+    (tmp_path / "mkdocs.yml").write_text("site_name: small\nstrict: true\n")
+    done = build_site(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode != 0 and "nowhere.md" in done.stderr

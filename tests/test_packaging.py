@@ -69,7 +69,8 @@ def test_the_search_finds(code, found):
 def test_one_version():
     assert moe_lora_interop.__version__ == moe_lora_jax.__version__ == version("moe-lora-jax")
     assert PROJECT["dynamic"] == ["version"]
-    assert f"To be {moe_lora_interop.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"## [{moe_lora_interop.__version__}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"\nversion: {moe_lora_interop.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
 
 
 def test_both_packages_are_typed():
