@@ -87,7 +87,9 @@ SEARCHED = {
 def build_site(config: Path, to: Path):
     # without --quiet, with which MkDocs counts no warnings, and a broken link would pass
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config), "--site-dir", str(to)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
 
 
 def test_the_site_builds_without_a_broken_link_and_is_found_by_searching(tmp_path):
@@ -100,7 +102,9 @@ def test_the_site_builds_without_a_broken_link_and_is_found_by_searching(tmp_pat
     missing = [
         f"{words}: {page}"
         for words, page in SEARCHED.items()
-        if not any(words.lower() in f"{d['title']} {d['text']}".lower() for d in index if d["location"].startswith(page))
+        if not any(
+            words.lower() in f"{d['title']} {d['text']}".lower() for d in index if d["location"].startswith(page)
+        )
     ]
     assert not missing
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_hub import fake_hub
+from tiny_training import small_dirs  # noqa: F401  a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -170,3 +171,64 @@ def test_the_verb_pushes_what_is_sound_and_nothing_else(hub, tmp_path):
     assert 'from_pretrained(base_model, "user/pushed")' in pushed["README.md"].decode()
     client(BLOCKS, address, tmp_path / "blocks")  # what the card says, as a stranger runs it
     assert unknown == []
+
+
+IDS = """
+import json, os, sys
+import jax.numpy as jnp, numpy as np, torch, transformers, peft
+import moe_lora_interop, moe_lora_interop.peft_tuner, moe_lora_jax as mlj
+from moe_lora_interop.cli.main import main
+from moe_lora_jax.train import load_tokenizer
+model = mlj.load_base_model("user/base", dtype="float32")
+assert model.config.name_or_path.endswith("0" * 40), model.config.name_or_path
+mlj.load_adapter(model, "user/adapter")
+ids = np.arange(12).reshape(2, 6) % 7
+base = transformers.AutoModelForCausalLM.from_pretrained("user/base")
+theirs = peft.PeftModel.from_pretrained(base, "user/adapter").eval()(torch.tensor(ids)).logits.detach().numpy()
+np.testing.assert_allclose(np.asarray(model(jnp.asarray(ids))), theirs, atol=1e-5)
+again = moe_lora_interop.read("user/adapter", revision="main")
+assert again.config.num_experts == 3
+mlj.abstract_base_model("user/config_only", dtype="float32")
+answers = {}
+for name, call in {
+    "nobody": lambda: mlj.load_base_model("user/nobody"),
+    "revision": lambda: mlj.load_base_model(".", revision="v1"),
+    "weights": lambda: mlj.load_base_model("user/config_only"),
+    "tokenizer": lambda: load_tokenizer("user/base"),
+}.items():
+    try:
+        answers[name] = str(call())
+    except moe_lora_interop.CheckpointError as error:
+        answers[name] = str(error)
+open("data.jsonl", "w").write('{"text": "hi there"}\\n' * 4)
+words = ["--model", "user/whole", "--data", "data.jsonl", "--steps", "1", "--num-experts", "2", "--r", "2", "--quiet"]
+assert not main(["train", *words, "--output-dir", "out", "--batch-size", "2"])
+assert not main(["generate", "--model", "user/whole", "--adapter", "out", "--prompt", "hi", "--max-new-tokens", "2"])
+assert not main(["inspect", "user/adapter", "--quiet"])
+config = json.load(open("out/adapter_config.json"))
+answers["base"] = [config["base_model_name_or_path"], config["revision"]]
+cached = os.path.join(os.environ["HF_HOME"], "hub")
+answers["files"] = sorted(f for _, _, files in os.walk(cached + "/models--user--whole/snapshots") for f in files)
+print("ANSWERS " + json.dumps(answers))
+"""
+
+
+def test_models_and_adapters_by_id_in_jax(hub, tmp_path, small_dirs):  # noqa: F811
+    """What is downloaded is what is needed; the cache serves offline; errors say both where it was looked for."""
+    address, repositories, unknown, _ = hub
+    files = {path.name: path.read_bytes() for path in small_dirs["base"].iterdir()}
+    others = {"consolidated.safetensors": b"large", "pytorch_model.bin": b"large", "README.md": b"# Model"}
+    repositories["user/whole"] = files | others
+    repositories["user/config_only"] = {"config.json": files["config.json"]}
+    said = client(IDS, address, tmp_path / "online")
+    answers = json.loads(said.partition("ANSWERS ")[2])
+    assert "found no such directory" in answers["nobody"] and "404" in answers["nobody"]
+    assert "revision: found 'v1' with '.', expected an id on the Hub" in answers["revision"]
+    assert "neither model.safetensors nor model.safetensors.index.json" in answers["weights"]
+    assert "expected tokenizer.json or" in answers["tokenizer"]
+    assert answers["base"] == ["user/whole", "0" * 40]
+    assert set(answers["files"]) == files.keys()
+    assert unknown == []
+    cached = 'import moe_lora_jax as mlj; print(type(mlj.load_base_model("user/whole")).__name__)'
+    cached = f'import os; os.environ |= {{"HF_HUB_OFFLINE": "1", "HF_HOME": "{tmp_path}/online/home"}}; {cached}'
+    assert client(cached, "http://127.0.0.1:9", tmp_path / "offline").strip() == "CausalLM"

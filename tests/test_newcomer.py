@@ -30,10 +30,10 @@ MISTAKES = {
         2,
         ["trained is an adapter's directory, expected a model's"],
     ),
-    "a hub id instead of a directory": (
+    "an id of the Hub, offline": (
         TRAIN.replace("base", "meta-llama/Llama-3.1-8B"),
         2,
-        ["meta-llama/Llama-3.1-8B: not a directory", "hf download meta-llama/Llama-3.1-8B --local-dir DIR"],
+        ["cannot find meta-llama/Llama-3.1-8B", "found no such directory", "HF_HUB_OFFLINE"],
     ),
     "no tokenizer": (TRAIN.replace("base", "no_tokenizer"), 2, ["no tokenizer in no_tokenizer", "tokenizer.json"]),
     "a model of another kind": (TRAIN.replace("base", "gpt2"), 2, ["GPT2LMHead", "expected one of Gemma2", "PEFT"]),

@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 
 import moe_lora_jax as mlj
 from moe_lora_interop.cli import main as cli
+from moe_lora_interop.disk.hub import config_directory
 from moe_lora_interop.errors import ConfigError
-from moe_lora_jax.cli.plan import _source
 from moe_lora_jax.compiled import estimated_cycles, topology
 from moe_lora_jax.compiled.hlo import read_hlo
 from moe_lora_jax.compiled.memory import read_memory
@@ -211,7 +211,7 @@ def test_a_model_in_the_hubs_cache_is_found(config, tmp_path, monkeypatch):
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert _source("some/model") == snapshot and _source(str(config)) == config
+    assert config_directory("some/model") == snapshot and config_directory(config) == config
 
 
 def test_a_plan_needs_shapes_on_known_chips():

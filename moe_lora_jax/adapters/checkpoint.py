@@ -14,6 +14,7 @@ import moe_lora_interop
 from moe_lora_interop.checkpoint.adapter import Adapter, config_sizes
 from moe_lora_interop.checkpoint.read_write import read_with_base
 from moe_lora_interop.config.base_name import named
+from moe_lora_interop.disk.hub import adapter_directory
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.export.combining import combine as combine_adapters
 from moe_lora_interop.rules.tensors import decode, encode
@@ -81,6 +82,7 @@ def load_adapter(
     model: nnx.Module,
     source: str | os.PathLike[str] | Adapter,
     *,
+    revision: str | None = None,
     layout: str | None = None,
     rngs: nnx.Rngs | None = None,
     param_dtype: Any = jnp.float32,
@@ -91,7 +93,8 @@ def load_adapter(
 
     Args:
         model: a base model without an adapter.
-        source: a directory in any readable layout, or an `moe_lora_interop.Adapter`.
+        source: a directory in any readable layout, an id on the Hugging Face Hub, or an `moe_lora_interop.Adapter`.
+        revision: branch, tag or commit of an id.
         layout: the layout's name, as for `moe_lora_interop.read`.
         options: what the layout does not record, as for `moe_lora_interop.read`.
         rngs: stream "dropout", for training on; default `nnx.Rngs(0)`.
@@ -106,7 +109,12 @@ def load_adapter(
     """
     if has_adapter(model):
         raise CheckpointError("the model already has an adapter: call remove_moe_lora(model) first")
-    adapter = source if isinstance(source, Adapter) else read_with_base(source, layout, **options)
+    if isinstance(source, Adapter):
+        if revision is not None:
+            raise CheckpointError("an Adapter has no revisions", [f"revision: found {revision!r}, expected None"])
+        adapter = source
+    else:
+        adapter = read_with_base(adapter_directory(source, revision), layout, **options)
     adapter, dtypes = for_training(adapter, param_dtype)
     config = adapter.config
     if config.modules_to_save:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.disk.hub import tokenizer_directory
 from moe_lora_interop.errors import ConfigError, printable
 from moe_lora_jax.train.data import TokenData, read_data
 from moe_lora_jax.train.examples import Examples
@@ -24,6 +25,7 @@ def data(
     file: Annotated[Path, tyro.conf.Positional],
     *,
     model: Path,
+    revision: str | None = None,
     max_length: int = 512,
     chat_template: Path | None = None,
     show: int = 3,
@@ -34,7 +36,8 @@ def data(
 
     Args:
         file: As for `train --data`.
-        model: Hugging Face model directory with the tokenizer; its weights are not read.
+        model: Hugging Face model directory with the tokenizer, or an id on the Hub; its weights are not read.
+        revision: Branch, tag or commit of an id.
         max_length: Tokens; longer examples are cut.
         chat_template: A file with a Jinja template for messages, instead of the tokenizer's own.
         show: How many examples to print, from the first on.
@@ -43,6 +46,7 @@ def data(
         raise ConfigError("invalid arguments", [f"show: found {show}, expected an integer >= 0"])
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("reading"):
+        model = tokenizer_directory(model, revision)
         tokenizer = load_tokenizer(model, chat_template)
         vocabulary = read_json(model / "config.json").get("vocab_size")
         found = read_data(file, tokenizer, max_length=max_length, vocab_size=vocabulary)

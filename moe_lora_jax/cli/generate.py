@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
+from moe_lora_interop.disk.hub import adapter_directory, model_directory
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.memory import explained
 
@@ -19,6 +20,7 @@ def generate(
     prompt: str,
     *,
     adapter: Path | None = None,
+    revision: str | None = None,
     layout: str | None = None,
     chat: bool = False,
     chat_template: Path | None = None,
@@ -35,9 +37,10 @@ def generate(
     """Continue a prompt, with or without an adapter.
 
     Args:
-        model: Hugging Face model directory (config.json, safetensors, tokenizer).
+        model: Hugging Face model directory (config.json, safetensors, tokenizer), or an id on the Hub, owner/name.
         prompt: the text to continue.
-        adapter: a mixture-of-LoRA adapter for this model, in any readable layout.
+        adapter: a mixture-of-LoRA adapter for this model, in any readable layout; or its id on the Hub.
+        revision: branch, tag or commit of the model's id.
         layout: that layout's name; None detects it.
         chat: pass the prompt as the user's message through the tokenizer's chat template. Generation ends where the
             template ends the assistant's turn.
@@ -68,6 +71,8 @@ def generate(
 
     if chat_template is not None and not chat:
         raise ConfigError("invalid arguments", ["chat_template: found without chat, expected both"])
+    model = model_directory(model, revision, quiet=quiet)
+    adapter = None if adapter is None else adapter_directory(adapter)
     tokenizer = load_tokenizer(model, chat_template)
     if chat and tokenizer.chat_template is None:
         hint = "expected a plain prompt, or a template (chat_template)"

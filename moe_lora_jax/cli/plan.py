@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 from flax import nnx
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from tyro.conf import OmitArgPrefixes
 
 from moe_lora_interop.checkpoint.read_write import read
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
-from moe_lora_interop.errors import CheckpointError, ConfigError
+from moe_lora_interop.disk.hub import config_directory
+from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.cli.train_flags import AdapterFlags, ProgramFlags
 from moe_lora_jax.compiled import Buffer, topology
@@ -57,7 +56,7 @@ def plan(
     GPUs attention is chunked: cuDNN's cannot be compiled without one. Exit code 1: it does not fit.
 
     Args:
-        model: config.json, a Hugging Face model directory (with or without weights), or an id in the Hub's cache.
+        model: config.json, a Hugging Face model directory (with or without weights), or an id on the Hub.
         topology: TPU generation and chips: v5e:4x4, v6e:2x4, v5p:2x2x4; or GPUs: h100:8 (extra plan-gpu; no cycles).
         seq: tokens of the longest row.
         batch_size: rows of one forward pass.
@@ -83,7 +82,7 @@ def plan(
     )
     config = _adapter_config(adapter)
     compared = lora_of(config) if compare else None
-    source = _source(model)
+    source = config_directory(model)
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: chips that are here stay free
 
     shell = Shell(quiet=quiet, json=json)
@@ -114,20 +113,6 @@ def _adapter_config(adapter: AdapterFlags) -> MoeLoraConfig:
     if adapter.init_adapter is None:
         return MoeLoraConfig.from_dict(fields)
     return dataclasses.replace(read(adapter.init_adapter, adapter.init_layout).config, **fields)
-
-
-def _source(model: str) -> Path:
-    """A path that exists, or the folder in the Hub's cache."""
-    if Path(model).exists():
-        return Path(model)
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
-        problem = f"model: found {model!r}, expected a config.json, a model directory, or an id in the Hub's cache"
-        raise CheckpointError("no such model", [problem])
-    return Path(cached).parent
 
 
 def _numbers(plan: Plan) -> dict[str, Any]:

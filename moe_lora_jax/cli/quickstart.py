@@ -16,6 +16,7 @@ from rich.table import Table
 
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.disk.hub import model_directory
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax import demo
 from moe_lora_jax.adapters.apply import apply_moe_lora
@@ -78,6 +79,7 @@ def quickstart(
     shell = Shell(quiet=quiet, json=json)
     if model is None or data is None:
         model, data = make_base_and_data(output_dir, seed, shell)
+    model = model_directory(model, quiet=quiet)
     tokenizer = load_tokenizer(model)
     base = load_base_model(model, dtype="float32")
     vocabulary = base.config.vocab_size

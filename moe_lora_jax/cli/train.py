@@ -14,6 +14,7 @@ from moe_lora_interop.checkpoint.read_write import read_with_base
 from moe_lora_interop.cli.flags_file import write_file
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.disk.hub import model_directory
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.adapters.apply import apply_moe_lora
 from moe_lora_jax.adapters.checkpoint import load_adapter
@@ -46,6 +47,7 @@ def train(
     settings: OmitArgPrefixes[SettingsFlags] = SettingsFlags(),  # noqa: B008
     examples: OmitArgPrefixes[DataFlags] = DataFlags(),  # noqa: B008
     machine: OmitArgPrefixes[MachineFlags] = MachineFlags(),  # noqa: B008
+    revision: str | None = None,
     config: Path | None = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -59,10 +61,11 @@ def train(
     the newest checkpoint, also while the run goes on.
 
     Args:
-        model: Hugging Face model directory (config.json, safetensors, tokenizer).
+        model: Hugging Face model directory (config.json, safetensors, tokenizer), or an id on the Hub, owner/name.
         data: JSONL; each line has text, or prompt and completion, or messages. Also a JSON array of such objects, .gz
             of either, or parquet.
         output_dir: where the adapter and the run go.
+        revision: branch, tag or commit of an id.
         config: YAML with any of these flags, as name: value; flags on the command line win.
     """
     if config is not None:
@@ -85,9 +88,10 @@ def train(
     if not is_first():
         shell = Shell(quiet=True)
     once(lambda: check_free(output_dir, resume=checked.resume))
+    found = model_directory(model, revision, quiet=quiet)
     with shell.progress("reading the model and the data"):
-        tokenizer = load_tokenizer(model, examples.chat_template)
-        base = load_base_model(model, mesh=mesh, **machine.arguments())
+        tokenizer = load_tokenizer(found, examples.chat_template)
+        base = load_base_model(found, mesh=mesh, **machine.arguments())
         vocabulary = base.config.vocab_size
         read = partial(read_data, tokenizer=tokenizer, max_length=examples.max_length, vocab_size=vocabulary)
         train_data, eval_data = read(data), None
@@ -111,7 +115,7 @@ def train(
         load_adapter(base, dataclasses.replace(start, config=dataclasses.replace(start.config, **fields)), rngs=rngs)
     shell.say(f"base model: {summary(base).base}")
     if is_first() and not (output_dir / CONFIG_NAME).exists():  # a continuation keeps it
-        values = {"model": model, "data": data, "output_dir": output_dir}
+        values = {"model": model, "data": data, "output_dir": output_dir, "revision": revision}
         for group in (adapter, settings, examples, machine):
             values |= dataclasses.asdict(group)
         write_file(output_dir / CONFIG_NAME, {k: v for k, v in values.items() if k not in NOT_REPEATED})

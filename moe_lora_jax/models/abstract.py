@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from moe_lora_interop.disk.dtypes import NUMPY, STORED
 from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.disk.hub import config_directory
 from moe_lora_interop.disk.model_directory import INDEX, SINGLE, WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.models.attending import Form, check_attention
@@ -41,7 +42,8 @@ def abstract_base_model(
     that are not there (`make_mesh(sizes, devices=...)`), and nothing is computed.
 
     Args:
-        config: what config.json says, as a mapping or a file; or a model directory, with or without its weights.
+        config: what config.json says, as a mapping or a file; or a model directory, with or without its weights; or an
+            id on the Hugging Face Hub, of which only config.json is loaded.
         dtype: as in `load_base_model`; None takes that of the weights, or that which config.json states.
 
     Other arguments as in `load_base_model`.
@@ -56,7 +58,7 @@ def abstract_base_model(
     if isinstance(config, Mapping):
         where, stated = None, dict(config)
     else:
-        where = Path(config)
+        where = config_directory(config)
         stated = read_json(where / "config.json" if where.is_dir() else where)
     if wanted is None:
         wanted = _dtype(where, stated)

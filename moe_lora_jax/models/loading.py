@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_lora_interop.disk.dtypes import NUMPY
 from moe_lora_interop.disk.files import read_json
+from moe_lora_interop.disk.hub import model_directory
 from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_jax.models.abstract import INERT, abstract_model, checked_dtype, stored_dtype
@@ -28,6 +28,7 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def load_base_model(
     directory: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     dtype: Any = None,
     scan_layers: bool = False,
     remat: Remat | None = None,
@@ -44,7 +45,9 @@ def load_base_model(
     then work on that mesh (`moe_lora_jax.sharding`).
 
     Args:
-        directory: what `save_pretrained` of transformers wrote, for a supported architecture.
+        directory: what `save_pretrained` of transformers wrote, for a supported architecture; or the id of such a model
+            on the Hugging Face Hub, "owner/name", of which what is needed is loaded into the Hub's cache (extra `hub`).
+        revision: branch, tag or commit of an id.
         dtype: "float32", "bfloat16", "float16" or the same as a dtype; None keeps the stored one.
         scan_layers: run the layers as one scan, for a train step whose program does not grow with their number.
             Training then holds a second copy of the layers' weights. Passes with a KV cache (generation) still loop.
@@ -66,7 +69,7 @@ def load_base_model(
         ValueError: an unsupported `dtype`, `remat` or `attention`.
     """
     wanted = checked_dtype(dtype)
-    directory = Path(directory)
+    directory = model_directory(directory, revision)
     if not directory.is_dir():
         raise CheckpointError(f"cannot load {directory}", ["found no directory, expected a local one"])
     stated = read_json(directory / "config.json")

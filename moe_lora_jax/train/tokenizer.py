@@ -9,22 +9,30 @@ from typing import Any
 
 from moe_lora_interop.disk.atomic import replace_file
 from moe_lora_interop.disk.files import CONFIG_NAME, opened
+from moe_lora_interop.disk.hub import tokenizer_directory
 from moe_lora_interop.errors import CheckpointError
 
 
-def load_tokenizer(directory: str | os.PathLike[str], chat_template: str | os.PathLike[str] | None = None) -> Any:
-    """The tokenizer in a model directory (transformers' AutoTokenizer, offline).
+def load_tokenizer(
+    directory: str | os.PathLike[str],
+    chat_template: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+) -> Any:
+    """The tokenizer in a model directory (transformers' AutoTokenizer, which asks nobody).
 
     Args:
+        directory: a model's, or its id on the Hugging Face Hub.
         chat_template: a file with a Jinja template, instead of the tokenizer's own.
+        revision: branch, tag or commit of an id.
 
     Raises:
         CheckpointError: no such directory, no tokenizer in it, or it or the template cannot be read.
     """
     template = None if chat_template is None else _read_template(Path(chat_template))
-    if not Path(directory).is_dir():
-        hint = f"models are read from local directories; to fetch one: hf download {directory} --local-dir DIR"
-        raise CheckpointError("no such model", [f"{directory}: not a directory", hint])
+    directory = tokenizer_directory(directory, revision)
+    if not directory.is_dir():
+        raise CheckpointError("no such model", [f"{directory}: not a directory"])
     if Path(directory, CONFIG_NAME).is_file() and not Path(directory, "config.json").is_file():
         raise CheckpointError("no model", [f"{directory} is an adapter's directory, expected a model's"])
     known = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

@@ -20,6 +20,7 @@ from moe_lora_interop.disk.atomic import PREVIOUS, is_being_replaced, replace_fi
 from moe_lora_interop.disk.digest import begun
 from moe_lora_interop.disk.dtypes import STORED
 from moe_lora_interop.disk.files import TensorInfo
+from moe_lora_interop.disk.hub import adapter_directory
 from moe_lora_interop.disk.lazy import Tensor
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.rules.configs import config_of, differences, options_of, raw_of
@@ -30,12 +31,15 @@ RETRIES = 5
 Result = TypeVar("Result")
 
 
-def read(directory: str | os.PathLike[str], layout: str | None = None, **options: Any) -> Adapter:
+def read(
+    directory: str | os.PathLike[str], layout: str | None = None, *, revision: str | None = None, **options: Any
+) -> Adapter:
     """Reads an adapter.
 
     Args:
-        directory: the checkpoint.
+        directory: the checkpoint, or its id on the Hugging Face Hub, "owner/name" (extra `hub`).
         layout: the layout's name; None detects it from the tensors' names and the config.
+        revision: branch, tag or commit of an id.
         options: what the layout does not record (`moe-lora layouts` lists them).
 
     Raises:
@@ -45,7 +49,7 @@ def read(directory: str | os.PathLike[str], layout: str | None = None, **options
         UserWarning: the file also holds tensors of the base model (`Adapter.base_tensors`), which nothing was compared
             with. `mlj.load_adapter` compares them with the model, `verify` with a directory.
     """
-    adapter = read_with_base(directory, layout, **options)
+    adapter = read_with_base(adapter_directory(directory, revision), layout, **options)
     warn_of_base_tensors(os.fspath(directory), adapter.base_tensors)
     return adapter
 
@@ -80,6 +84,7 @@ def between_saves(
     Raises:
         CheckpointError: a save was interrupted, or goes on for too long.
     """
+    path = adapter_directory(path)
     for attempt in range(RETRIES):
         with Directory(path) as directory:
             try:
