@@ -50,10 +50,20 @@ def write_base(path: Path, family: str) -> Path:
     return path
 
 
-def write_mixture(path: Path, base: Path, *, seed: int, alter=None, **fields) -> Path:
-    """Writes a random mixture of the PEFT tuner. `alter(parameters)` may change its {name: parameter} first."""
+def write_mixture(path: Path, base: Path, *, seed: int, alter=None, std: float = 0.5, **fields) -> Path:
+    """Writes a random mixture of the PEFT tuner; its routers' values have this standard deviation, because rows of 0.02
+    would make every gate about 1/E. `alter(parameters)` may change its {name: parameter} first.
+    """
     config = MoeLoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **{"target_modules": TARGETS, **fields})
-    return _write_adapter(path, base, config, seed, alter)
+
+    def made(parameters: dict[str, torch.nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if "router" in name:
+                parameter.normal_(std=std)
+        if alter is not None:
+            alter(parameters)
+
+    return _write_adapter(path, base, config, seed, made)
 
 
 def write_lora(path: Path, base: Path, *, seed: int, r: int = 8, **fields) -> Path:
@@ -61,18 +71,14 @@ def write_lora(path: Path, base: Path, *, seed: int, r: int = 8, **fields) -> Pa
     config = peft.LoraConfig(
         r=r, init_lora_weights=False, task_type="CAUSAL_LM", **{"target_modules": TARGETS, **fields}
     )
-    return _write_adapter(path, base, config, seed, None)
+    return _write_adapter(path, base, config, seed, lambda parameters: None)
 
 
 def _write_adapter(path: Path, base: Path, config: peft.PeftConfig, seed: int, alter) -> Path:
     torch.manual_seed(seed)
     model = peft.get_peft_model(_loaded(base), config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "router" in name:  # rows of 0.02 would make every gate about 1/E
-                parameter.normal_(std=0.5)
-        if alter is not None:
-            alter(dict(model.named_parameters()))
+        alter(dict(model.named_parameters()))
     model.save_pretrained(path)
     return path
 
@@ -87,12 +93,14 @@ def peft_answers(base: Path, adapter: Path | None, prompts: list[list[int]], len
 
 @torch.no_grad()
 def _answer(model: torch.nn.Module, prompt: list[int], length: int) -> Answer:
-    ids, logprobs = list(prompt), []
-    for _ in range(length):  # without a cache: nothing here can be wrong in the way a cache can
-        scores = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-        ids.append(int(scores.argmax()))
-        logprobs.append(float(scores[ids[-1]]))
-    return Answer(ids[len(prompt) :], logprobs)
+    tokens, logprobs, new, cache = [], [], prompt, None
+    for _ in range(length):
+        out = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True)
+        scores, cache = out.logits[0, -1].float().log_softmax(-1), out.past_key_values
+        new = [int(scores.argmax())]
+        tokens += new
+        logprobs.append(float(scores[new[0]]))
+    return Answer(tokens, logprobs)
 
 
 def _loaded(base: Path) -> torch.nn.Module:

@@ -25,6 +25,7 @@ from tests.serving.made import Answer
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400
+TOLERANCE = 5e-5
 BASE = "base"
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -92,6 +93,9 @@ class Server:
         with ThreadPoolExecutor(len(asked)) as pool:
             return list(pool.map(send, asked)), events
 
+    def tokenize(self, text: str) -> list[int]:
+        return requests.post(f"{self.url}/tokenize", json={"model": BASE, "prompt": text}).json()["tokens"]
+
     def load(self, name: str, path: Path) -> requests.Response:
         return requests.post(f"{self.url}/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)})
 
@@ -134,6 +138,17 @@ def serving(model: Path, log: Path, *arguments: str, **environment: str) -> Iter
             process.kill()
 
 
+def not_starting(model: Path, log: Path, *arguments: str) -> str:
+    """What a server writes that must end instead of answering."""
+    process = start(model, log, *arguments, port=free_port())
+    try:
+        code = process.wait(START_SECONDS)
+    finally:
+        process.kill()
+    assert code != 0
+    return log.read_text()
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -150,3 +165,13 @@ def _answers(url: str) -> bool:
 def lora_modules(adapters: dict[str, Path]) -> list[str]:
     """The flag that names adapters at the start."""
     return ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
+
+
+def assert_same(found, expected, measured=None, what="", tolerance=TOLERANCE):
+    """The same tokens, and log-probabilities that differ by less than `tolerance`, in nats."""
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+    for one, other in zip(found, expected, strict=True):
+        difference = max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
+        if measured is not None:
+            measured(f"{what}: log-probabilities in vLLM against PEFT", difference)
+        assert difference < tolerance

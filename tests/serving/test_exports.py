@@ -10,12 +10,11 @@ import torch
 import moe_lora_interop
 from moe_lora_interop.export import export_lora, export_lora_experts, export_mixtral, uniform_gates
 from tests.serving.made import peft_answers, write_base, write_lora, write_mixture
-from tests.serving.server import BASE, STOCK, lora_modules, serving, skip_without_vllm
+from tests.serving.server import BASE, STOCK, assert_same, lora_modules, serving, skip_without_vllm
 
 skip_without_vllm()
 PROMPTS = [[5, 9, 33, 20], [7, 80, 12, 4, 15, 60, 61]]
 LENGTH = 24
-TOLERANCE = 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +69,3 @@ def test_a_mixtral_equals_the_tuner(tmp_path, measured):
         found = [server.ask(BASE, prompt, LENGTH) for prompt in PROMPTS]
     assert_same(found, peft_answers(base, mixture, PROMPTS, LENGTH), measured, "Mixtral export")
     assert found != peft_answers(base, None, PROMPTS, LENGTH)
-
-
-def assert_same(found, expected, measured, what):
-    assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
-    for one, other in zip(found, expected, strict=True):
-        difference = max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
-        measured(f"{what}: logprobs in vLLM against PEFT", difference)
-        assert difference < TOLERANCE
