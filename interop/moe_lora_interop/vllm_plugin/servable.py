@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
 from moe_lora_interop.errors import ConfigError
 
+TRIED = ("0.32.0",)
+"""The versions of vLLM that the plugin was tried with; others of the same minor version are accepted."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as --max-lora-rank."""
 PARTS = 3
