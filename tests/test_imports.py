@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"moe_lora_interop": ROOT / "interop", "moe_lora_jax": ROOT}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "moe_lora_jax"}
 TORCH = {"torch", "transformers", "peft", "accelerate"}
-WITHOUT_TORCH = {"moe_lora_interop.vllm_plugin", "moe_lora_interop.vllm_plugin.servable"}  # `inspect` prints from it
 # Foreign adapters are often pickles: the one file that may import torch, when it meets one.
 READS_PICKLES = "torch_files.py"
 RUN_BY_A_SUBPROCESS = "moe_lora_jax.demo.peft_check"  # a script that is read and run elsewhere, never imported
@@ -125,7 +124,7 @@ def offenders(modules, forbidden):
 def test_frameworks_stay_where_they_belong():
     interop = [m for m in FILES if m.startswith("moe_lora_interop")]
     tuner = [m for m in interop if room(m) == "moe_lora_interop.peft_tuner"]
-    in_vllm = [m for m in interop if room(m) == "moe_lora_interop.vllm_plugin" and m not in WITHOUT_TORCH]
+    in_vllm = [m for m in interop if room(m) == "moe_lora_interop.vllm_plugin"]
     neutral = [m for m in interop if m not in tuner + in_vllm and FILES[m].name != READS_PICKLES]
     in_jax = [
         m for m in FILES if m.startswith("moe_lora_jax") and FILES[m].name != "peft_check.py"

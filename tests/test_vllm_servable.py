@@ -2,9 +2,9 @@
 
 import pytest
 
+from moe_lora_interop.checkpoint.servable import lora_rank, problems, rows
 from moe_lora_interop.config import MoeLoraConfig
 from moe_lora_interop.errors import ConfigError
-from moe_lora_interop.vllm_plugin.servable import lora_rank, problems, rows
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 

@@ -7,10 +7,10 @@ from torch import nn
 
 import moe_lora_interop.peft_tuner as tuner
 from moe_lora_interop import Adapter, MoeLoraConfig, read, write
+from moe_lora_interop.checkpoint.servable import lora_rank
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.peft_tuner.layer import Linear
 from moe_lora_interop.peft_tuner.model import MoeLoraModel
-from moe_lora_interop.vllm_plugin.servable import lora_rank
 from moe_lora_interop.vllm_plugin.stacking import parts_of, stacked
 from moe_lora_interop.vllm_plugin.tables import Tables, gated, units_of
 

@@ -1,12 +1,12 @@
 """A vLLM plugin: mixtures of scope linear beside plain LoRAs and the base, chosen for every request.
 
 vLLM calls `register` in each of its processes (entry point group vllm.general_plugins). What can be served, and with
-which --max-lora-rank, is in `servable`, which needs neither torch nor vLLM.
+which --max-lora-rank, `moe_lora_interop.checkpoint.servable` says, which needs neither torch nor vLLM.
 """
 
 import logging
 
-from moe_lora_interop.vllm_plugin.servable import TRIED
+from moe_lora_interop.checkpoint.servable import TRIED
 
 
 def register() -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moe_lora_interop.checkpoint.adapter import Adapter
+from moe_lora_interop.checkpoint.servable import PARTS, lora_rank, problems, rows
 from moe_lora_interop.config.adapter_config import ModuleConfig
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.vllm_plugin.rules import Rule
-from moe_lora_interop.vllm_plugin.servable import PARTS, lora_rank, problems, rows
 from moe_lora_interop.vllm_plugin.tables import Gating
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lora_interop.checkpoint.servable import MAX_EXPERTS
 from moe_lora_interop.vllm_plugin.gates import gates
 from moe_lora_interop.vllm_plugin.rules import FIELDS, Rule
-from moe_lora_interop.vllm_plugin.servable import MAX_EXPERTS
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ from vllm.platforms import current_platform
 
 from moe_lora_interop.checkpoint.detection import detect
 from moe_lora_interop.checkpoint.read_write import opened
+from moe_lora_interop.checkpoint.servable import TRIED
 from moe_lora_interop.config.adapter_config import PEFT_TYPE
 from moe_lora_interop.disk.files import CONFIG_NAME
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.vllm_plugin import cpu_ops
-from moe_lora_interop.vllm_plugin.servable import TRIED
 from moe_lora_interop.vllm_plugin.stacking import parts_of, stacked
 from moe_lora_interop.vllm_plugin.tables import Gating, Tables, gated
 

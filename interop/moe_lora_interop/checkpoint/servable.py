@@ -5,8 +5,11 @@ rank axis. So the router's rows count towards the rank.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.dialects.lora import PLAIN_LORA
+from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.errors import ConfigError
 
 TRIED = ("0.32.0",)
@@ -23,6 +26,37 @@ _TO_TASK = "`moe-lora export SRC DST --as lora --task ID` writes a plain LoRA fo
 _TO_LORA = "`moe-lora export SRC DST --as lora --gates FILE.json` writes a plain LoRA, with fixed gates"
 _TO_PEFT = "PEFT runs it: `moe-lora run -- python SCRIPT.py`"
 _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "score", "classifier")
+
+
+@dataclass(frozen=True)
+class VllmNeeds:
+    """What vLLM needs to serve an adapter's directory.
+
+    Attributes:
+        max_lora_rank: the least --max-lora-rank that is enough in every dtype; None: it cannot serve it.
+        problems: why not, one line each with what does it instead.
+        plugin: whether the plugin of the extra `vllm` is needed, too: not for a plain LoRA.
+    """
+
+    max_lora_rank: int | None
+    problems: list[str]
+    plugin: bool
+
+
+def vllm_needs(layout: str, config: MoeLoraConfig, modules: Sequence[str]) -> VllmNeeds:
+    """What vLLM needs to serve a directory in this layout.
+
+    Args:
+        layout: its name.
+        config: the adapter's.
+        modules: the modules that it changes (`Adapter.modules`).
+    """
+    plugin = layout != PLAIN_LORA.name
+    if plugin and layout != NATIVE.name:
+        problem = f"layout: found {layout}, expected native; `moe-lora convert SRC DST --to native` writes it"
+        return VllmNeeds(None, [problem], plugin)
+    found = problems(config, modules)
+    return VllmNeeds(None if found else lora_rank(config, modules), found, plugin)
 
 
 def problems(config: MoeLoraConfig, modules: Sequence[str], parts: int = PARTS) -> list[str]:
@@ -70,10 +104,11 @@ def rows(config: MoeLoraConfig, modules: Sequence[str], parts: int = PARTS) -> i
 
     A router has a row for each expert, and one for an adaptive threshold.
     """
-    return max(
+    needed = (
         sum(own.ranks) + parts * ((own.num_experts + config.adaptive_threshold) if own.has_router else 0)
         for own in config.for_modules(modules).values()
     )
+    return max(needed, default=0)
 
 
 def _routing_problems(config: MoeLoraConfig) -> Iterator[str]:
