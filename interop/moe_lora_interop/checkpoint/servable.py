@@ -12,6 +12,8 @@ from moe_lora_interop.dialects.lora import PLAIN_LORA
 from moe_lora_interop.dialects.native import NATIVE
 from moe_lora_interop.errors import ConfigError
 
+TRIED = ("0.32.0",)
+"""The versions of vLLM that the plugin was tried with; others of the same minor version are accepted."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as --max-lora-rank."""
 PARTS = 3
@@ -21,10 +23,7 @@ MAX_EXPERTS = 32
 
 _TO_MIXTRAL = "`moe-lora export SRC DST --as mixtral --base BASE` writes a model that vLLM serves without this plugin"
 _TO_TASK = "`moe-lora export SRC DST --as lora --task ID` writes a plain LoRA for a task"
-_TO_LORA = (
-    "`moe-lora export SRC DST --as lora --gates FILE.json` writes a plain LoRA with fixed gates, "
-    "which is another function"
-)
+_TO_LORA = "`moe-lora export SRC DST --as lora --gates FILE.json` writes a plain LoRA, with fixed gates"
 _TO_PEFT = "PEFT runs it: `moe-lora run -- python SCRIPT.py`"
 _HEADS = ("lm_head", "embed_tokens", "wte", "embed_out", "score", "classifier")
 
@@ -60,12 +59,13 @@ def vllm_needs(layout: str, config: MoeLoraConfig, modules: Sequence[str]) -> Vl
     return VllmNeeds(None if found else lora_rank(config, modules), found, plugin)
 
 
-def problems(config: MoeLoraConfig, modules: Sequence[str]) -> list[str]:
+def problems(config: MoeLoraConfig, modules: Sequence[str], parts: int = PARTS) -> list[str]:
     """Why vLLM cannot serve this adapter, one line each with what does it instead; empty if it can.
 
     Args:
         config: the adapter's.
         modules: the modules that it changes (`Adapter.modules`).
+        parts: as for `lora_rank`.
     """
     found = [*_module_problems(config, modules)]
     sizes, misfits = config.fitting(modules)
@@ -74,7 +74,7 @@ def problems(config: MoeLoraConfig, modules: Sequence[str]) -> list[str]:
     if routed:
         found += _routing_problems(config)
         found += _size_problems(config, routed)
-    if not found and (needed := rows(config, modules, PARTS)) > RANKS[-1]:
+    if not found and (needed := rows(config, modules, parts)) > RANKS[-1]:
         found.append(
             f"rank: found {needed} rows of all experts and routers, expected at most {RANKS[-1]}; instead, {_TO_LORA}"
         )
