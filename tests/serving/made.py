@@ -50,7 +50,7 @@ def write_base(path: Path, family: str) -> Path:
     return path
 
 
-def write_mixture(path: Path, base: Path, *, seed: int, alter=None, std: float = 0.5, **fields) -> Path:
+def write_mixture(path: Path, base: Path, *, seed: int, alter=None, std: float = 0.2, **fields) -> Path:
     """Writes a random mixture of the PEFT tuner; its routers' values have this standard deviation, because rows of 0.02
     would make every gate about 1/E. `alter(parameters)` may change its {name: parameter} first.
     """
