@@ -43,5 +43,6 @@ def test_a_trained_mixture_answers_as_in_peft(trained, tmp_path, measured):
         asked = [(name, prompt) for name in (*trained, BASE) for prompt in ids]
         answers, _ = server.ask_at_once(asked, LENGTH)
     expected = [a for name in (*trained, BASE) for a in peft_answers(SMOLLM2, trained.get(name), ids, LENGTH)]
-    assert_same(answers, expected, measured, "SmolLM2", tolerance=2e-4)
-    assert len({tuple(answer.tokens) for answer in answers}) == len(answers), "no two say the same"
+    assert_same(answers, expected, measured, "SmolLM2")
+    to_the_first = answers[:: len(ids)]
+    assert len({tuple(answer.tokens) for answer in to_the_first}) == len(to_the_first), "no two say the same"

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,21 +150,25 @@ def _value_findings(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
-    shapes = base_shapes(base)
-    for module, features in adapter.features.items():
-        found = features[::-1]
-        expected = shapes.get(_stored_name(f"{module}.weight", shapes) or "")
-        if expected is None:
-            yield Finding("error", f"{module}: not in the base model at {base}")
-        elif found != expected:
-            yield Finding(
-                "error", f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
-            )
+    for problem in layer_problems(adapter.features, base_shapes(base), base):
+        yield Finding("error", problem)
     of_base = _of_base(adapter, base)
     for name in adapter.base_tensors.keys() - of_base.keys():
         yield Finding("error", f"{name_in_base(name)}: came with the adapter, not in the base model at {base}")
     for problem in base_problems(adapter.base_tensors, of_base):
         yield Finding("error", problem)
+
+
+def layer_problems(
+    features: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]], base: Path
+) -> Iterator[str]:
+    """Which modules, {path: (in, out)}, are not layers of the base model at `base`, whose tensors have these shapes."""
+    for module, sizes in features.items():
+        found, expected = sizes[::-1], shapes.get(_stored_name(f"{module}.weight", shapes) or "")
+        if expected is None:
+            yield f"{module}: not in the base model at {base}"
+        elif found != expected:
+            yield f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
 
 
 def _of_base(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:
