@@ -19,11 +19,11 @@ LEARNING_RATE = 1e-6
 
 
 def save(
-    directory: str | os.PathLike[str], *, quick: bool, tie_word_embeddings: bool = False, heads_of: int | None = None
+    directory: str | os.PathLike[str], *, quick: bool, tie_word_embeddings: bool = False, head_dim: int | None = None
 ) -> Path:
     """Writes the model and returns its directory: random fp32 weights, heads of 64 features, no ending id."""
     sizes = QUICK if quick else FULL
-    heads = sizes["hidden_size"] // (heads_of or (16 if quick else 64))
+    heads = sizes["hidden_size"] // (head_dim or (16 if quick else 64))
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     set_seed(0)
     LlamaForCausalLM(

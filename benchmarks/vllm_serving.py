@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# one process, as vLLM reads them when it is imported
+# one process with one thread, as vLLM reads them when it is imported: threads that wait for each other would measure
+# what else the machine does
 os.environ |= {
+    "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -33,7 +35,7 @@ from benchmarks.table import alone, ratio_row  # noqa: E402
 from moe_lora_interop.peft_tuner import MoeLoraConfig  # noqa: E402
 
 EXPERTS, RANK, TOP_K, MAX_RANK = 8, 7, 2, 64
-NEW = 32
+NEW = 16
 COMMON: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 CONFIGS = {
     "mixture": MoeLoraConfig(r=RANK, num_experts=EXPERTS, top_k=TOP_K, **COMMON),
@@ -97,8 +99,8 @@ def rows(quick: bool) -> Iterator[Row]:
                 of_vllm = [list(out.outputs[0].token_ids) for out in asked["mixture"]()]
                 loop = in_peft(model, prompts, new)
                 equal = sum(a == b for a, b in zip(of_vllm, loop(), strict=True))
-                found = interleaved(asked, "lora", rounds=3 if quick else 20)
-                alternative = interleaved({"mixture": asked["mixture"], "loop": loop}, "mixture", rounds=3)["loop"]
+                found = interleaved(asked, "lora", rounds=2 if quick else 12)
+                alternative = interleaved({"mixture": asked["mixture"], "loop": loop}, "mixture", rounds=2)["loop"]
                 ms = {n: f"{n} {found[n].seconds * 1e3:.0f} ms" for n in ("base", "lora", "mixture")}
                 shape = f"{batch} x {length} tokens and {new} new; {', '.join(ms.values())}"
                 cost, of = found["mixture"], f"{kind}, batch {batch}"
