@@ -10,7 +10,7 @@ from moe_lora_interop.config import MoeLoraConfig
 from moe_lora_interop.peft_tuner.gating import route
 from moe_lora_interop.vllm_plugin.gates import gates
 from moe_lora_interop.vllm_plugin.rules import FIELDS, Rule
-from moe_lora_interop.vllm_plugin.tables import Gating, Tables, gated, units_of
+from moe_lora_interop.vllm_plugin.tables import Gating, Tables, gated, gated_by_adapter, units_of
 from tests.numpy_mixture import decide
 
 RULES = [
@@ -128,7 +128,7 @@ SLICES, SLOTS, RANK = 2, 3, 32
 
 def filled(parts=1):
     """Slot 0: two slices of unequal ranks; slot 1: a plain LoRA; slot 2: a mixture in the second slice only."""
-    tables = Tables.empty(SLICES, SLOTS, RANK, parts)
+    tables = Tables(SLICES, SLOTS, RANK, parts)
     tables.fill(0, [Gating(rule_of(CONFIGS[1]), (0.0,) * 4, (1, 2, 3, 1)), Gating(rule_of(CONFIGS[3]), (), (2, 2, 2))])
     tables.fill(2, [Gating(), Gating(rule_of(CONFIGS[9]), (0.5, -0.5, 0, 0, 0, 1), (1,) * 6)])
     return tables
@@ -141,8 +141,8 @@ def expected_factors(codes, tables, slot):
     ranks = {(0, 0): (1, 2, 3, 1), (0, 1): (2, 2, 2), (2, 1): (1,) * 6}
     for (its_slot, s), (number, experts, bias) in loaded.items():
         if its_slot == slot:
-            parts = tables.parts
-            z = [codes[s, RANK - (u + 1) * parts : RANK - u * parts].sum() for u in range(experts)]
+            rows = tables.rows
+            z = [codes[s, RANK - (u + 1) * rows : RANK - u * rows].sum() for u in range(experts)]
             config = CONFIGS[number]
             g = decide(np.float64(z) + bias, config, config.top_k, config.threshold)[2] * config.routed_scaling_factor
             columns = np.repeat(np.arange(experts), ranks[its_slot, s])
@@ -169,6 +169,28 @@ def test_rows_that_vllm_has_not_written_are_of_no_adapter():
     codes = torch.randn(SLICES, 3, RANK)
     slots = torch.tensor([3, 2**62, -(2**62)])
     assert torch.equal(gated(codes, slots, filled(), None), codes)
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+def test_parts_of_the_formula_that_a_rule_does_not_need_change_nothing(number):
+    adapter, units, biases = batch(7)
+    mine = adapter == number
+    arguments = torch.from_numpy(units[mine]), rows(adapter, biases)[mine]
+    assert torch.equal(gates(*arguments, rule_of(CONFIGS[number]).parts), gates(*arguments))
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+@pytest.mark.parametrize("slots", [[-1], [0, 0], [1, 1, -1], [2], [-1, 0, 1, 2, 0, -1, 2, 7, 1]], ids=str)
+def test_one_adapter_after_the_other_is_the_same(slots, number):
+    tables, slots = Tables(SLICES, SLOTS, 64, 3), torch.tensor(slots)
+    mixture = [Gating(rule_of(CONFIGS[n]), (), (1,) * CONFIGS[n].num_experts) for n in (number, number - 1)]
+    tables.fill(0, mixture)
+    tables.fill(2, mixture[::-1])
+    codes = torch.randn(SLICES, len(slots), 64)
+    for over_processes in (lambda units: 2 * units, None):
+        expected = gated(codes, slots, tables, over_processes)
+        found = gated_by_adapter(codes.clone(), slots, tables, over_processes)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_slot_that_is_filled_again_forgets():

@@ -11,7 +11,7 @@ from moe_lora_interop.checkpoint.servable import lora_rank
 from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.peft_tuner.layer import Linear
 from moe_lora_interop.peft_tuner.model import MoeLoraModel
-from moe_lora_interop.vllm_plugin.stacking import parts_of, stacked
+from moe_lora_interop.vllm_plugin.stacking import rows_of, stacked
 from moe_lora_interop.vllm_plugin.tables import Tables, gated, units_of
 
 IN, OUT, RANK = 24, 10, 64
@@ -60,7 +60,7 @@ def layer_and_adapter(seed=0, **fields) -> tuple[Linear, Adapter]:
 def delta(adapter, x, rank=RANK, dtype=torch.float32, slot=1):
     """What vLLM computes beside the base: x in `dtype`, A x and the gates in fp32."""
     ((_, module),) = stacked(adapter, rank, dtype)
-    tables = Tables.empty(1, 3, rank, parts_of(dtype))
+    tables = Tables(1, 3, rank, rows_of(dtype))
     tables.fill(slot, [module.gating])
     codes = x.to(dtype).float() @ module.a.float().T
     slots = torch.full((len(x),), slot)

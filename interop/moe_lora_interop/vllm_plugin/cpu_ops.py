@@ -50,7 +50,11 @@ def bgmv_expand_slice(
     if not add_inputs:
         part.zero_()
     for rows, weight in _groups(inputs, lora_b_weights, lora_indices_tensor, output_tensor.dtype):
-        part[rows] += inputs[rows].to(output_tensor.dtype) @ weight[:slice_size].T
+        x, weight = inputs[rows].to(output_tensor.dtype), weight[:slice_size].T
+        if isinstance(rows, slice):
+            part.addmm_(x, weight)
+        else:
+            part.index_add_(0, rows, x @ weight)
 
 
 def _groups(x: Tensor, weights: Tensor, slots: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor | slice, Tensor]]:

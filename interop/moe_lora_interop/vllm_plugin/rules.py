@@ -62,9 +62,29 @@ class Rule:
             factor=config.routed_scaling_factor,
         )
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """Which parts of the formula it needs, of `PARTS`."""
+        needed = {
+            SCORES[int(self.score)]: self.experts > 0,
+            "temperature": self.temperature != 1,
+            "top_k": self.top_k < self.experts,
+            "threshold": self.tau > -_INFINITE,
+            "adaptive": self.adaptive > 0,
+            "top_p": self.top_p > -_INFINITE,
+            "entropy": self.entropy_threshold < _INFINITE,
+            "renormalise": self.renormalise > 0,
+            "factor": self.factor != 1,
+        }
+        return frozenset(name for name, is_needed in needed.items() if is_needed)
+
     def row(self, bias: Sequence[float], units: int) -> list[float]:
         """The numbers, and the router's bias of every unit."""
         return [*(float(getattr(self, name)) for name in FIELDS), *bias, *[0.0] * (units - len(bias))]
 
 
+PARTS = frozenset(
+    [*SCORES, "temperature", "top_k", "threshold", "adaptive", "top_p", "entropy", "renormalise", "factor"]
+)
+"""Of the formula. A captured graph has all of them; where nothing is captured, an adapter runs those that it needs."""
 FIELDS = tuple(field.name for field in fields(Rule))

@@ -29,7 +29,7 @@ class Stacked(NamedTuple):
     gating: Gating
 
 
-def parts_of(dtype: torch.dtype) -> int:
+def rows_of(dtype: torch.dtype) -> int:
     """Rows in which a LoRA of this dtype holds one row of a router: float32 is the sum of three bfloat16."""
     return 1 if dtype == torch.float32 else PARTS
 
@@ -45,10 +45,10 @@ def stacked(adapter: Adapter, rank: int, dtype: torch.dtype) -> Iterator[tuple[s
     Raises:
         CheckpointError: vLLM cannot serve it, or not with this rank; with what to do instead.
     """
-    config, parts = adapter.config, parts_of(dtype)
-    found = problems(config, adapter.modules, parts)
-    if not found and (needed := rows(config, adapter.modules, parts)) > rank:
-        least = lora_rank(config, adapter.modules, parts)
+    config, per_unit = adapter.config, rows_of(dtype)
+    found = problems(config, adapter.modules, per_unit)
+    if not found and (needed := rows(config, adapter.modules, per_unit)) > rank:
+        least = lora_rank(config, adapter.modules, per_unit)
         found = [f"--max-lora-rank: found {rank}, expected {least}: {needed} rows of all experts and routers"]
     if found:
         raise CheckpointError("vLLM cannot serve this adapter", found)
@@ -81,7 +81,7 @@ def _stacked(adapter: Adapter, module: str, sizes: ModuleConfig, rank: int, dtyp
 def _in_parts(router: Tensor, dtype: torch.dtype) -> Tensor:
     """[unit, part, in]: the parts of a row add up to it."""
     rest, parts = router.double(), []
-    for _ in range(parts_of(dtype)):
+    for _ in range(rows_of(dtype)):
         parts.append(rest.to(dtype))
         rest = rest - parts[-1].double()
     return torch.stack(parts, 1)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,70 +26,108 @@ class Gating:
     ranks: tuple[int, ...] = ()
 
 
-class Tables(NamedTuple):
+class Tables:
     """Allocated once for a layer, updated in place.
 
     rules   [slice, slot, field and unit], fp32
     owners  [slice, slot, column]: the expert of each column; `units` for columns of none
-    parts   columns for each unit
+    units   experts of the largest mixture that fits
+    rows    columns for each unit
 
     The last slot is that of tokens without an adapter. The units stand at the end of the rank axis, the first one last:
-    unit u has columns rank - (u + 1) * parts to rank - u * parts, whatever the adapter. So every token's logits are the
+    unit u has columns rank - (u + 1) * rows to rank - u * rows, whatever the adapter. So every token's logits are the
     same columns, and only they are summed over the processes of a layer that is split along its input.
+
+    Args:
+        slices: layers that vLLM has fused into this one.
+        slots: adapters on the device at once.
+        rank: columns.
+        rows: columns for each unit.
+        device: of the tables.
     """
 
-    rules: Tensor
-    owners: Tensor
-    parts: int
-
-    @classmethod
-    def empty(cls, slices: int, slots: int, rank: int, parts: int, device: torch.device | str = "cpu") -> "Tables":
-        """Those of a layer for `slots` adapters of up to `rank` columns."""
-        units = units_of(rank, parts)
-        rules = torch.zeros(slices, slots + 1, len(FIELDS) + units, dtype=torch.float32, device=device)
-        owners = torch.zeros(slices, slots + 1, rank, dtype=torch.long, device=device)
-        tables = cls(rules, owners, parts)
+    def __init__(self, slices: int, slots: int, rank: int, rows: int, device: torch.device | str = "cpu") -> None:
+        self.units, self.rows = units_of(rank, rows), rows
+        self.rules = torch.zeros(slices, slots + 1, len(FIELDS) + self.units, dtype=torch.float32, device=device)
+        self.owners = torch.zeros(slices, slots + 1, rank, dtype=torch.long, device=device)
+        self._loaded: dict[int, list[Rule]] = {}
         for slot in range(slots + 1):
-            tables.fill(slot, [Gating()] * slices)
-        return tables
-
-    @property
-    def units(self) -> int:
-        """Experts of the largest mixture that fits."""
-        return self.rules.shape[-1] - len(FIELDS)
+            self.fill(slot, [Gating()] * slices)
 
     def fill(self, slot: int, gatings: Sequence[Gating]) -> None:
         """Gives a slot the adapter whose modules these are, one for each slice."""
+        self._loaded[slot] = [gating.rule for gating in gatings]
         for index, gating in enumerate(gatings):
-            row = gating.rule.row(gating.bias, self.units)
             columns = [expert for expert, rank in enumerate(gating.ranks) for _ in range(rank)]
             columns += [self.units] * (self.owners.shape[-1] - len(columns))
-            self.rules[index, slot].copy_(torch.tensor(row))
+            self.rules[index, slot].copy_(torch.tensor(gating.rule.row(gating.bias, self.units)))
             self.owners[index, slot].copy_(torch.tensor(columns))
 
+    def units_in(self, slot: int) -> int:
+        """Units that the adapter in this slot has; 0 for a plain LoRA, and for a number that is no slot."""
+        return max(int(rule.experts + rule.adaptive) for rule in self._loaded.get(slot, [Rule()]))
 
-def units_of(rank: int, parts: int) -> int:
+    def parts_in(self, slot: int) -> frozenset[str]:
+        """Parts of the formula that it needs."""
+        return frozenset().union(*(rule.parts for rule in self._loaded[slot]))
+
+
+def units_of(rank: int, rows: int) -> int:
     """Logits of the largest mixture that fits into this rank: each of its experts has a column, too."""
-    return max(1, min(MAX_EXPERTS, (rank + 1) // (1 + parts)))
+    return max(1, min(MAX_EXPERTS, (rank + 1) // (1 + rows)))
 
 
-def gated(codes: Tensor, slots: Tensor, tables: Tables, over_processes: Callable[[Tensor], Tensor] | None) -> Tensor:
+Sum = Callable[[Tensor], Tensor] | None
+"""Sums a tensor over processes, if each has only a part of x."""
+
+
+def gated(codes: Tensor, slots: Tensor, tables: Tables, over_processes: Sum = None) -> Tensor:
     """Multiplies A x by the gates that its last columns imply; where nothing has a gate, by exactly 1.
+
+    Nothing depends on what is loaded, so it can be compiled and captured.
 
     Args:
         codes: A x, fp32 [slice, token, column].
         slots: of every token; any number that is no slot stands for no adapter.
         tables: the layer's.
-        over_processes: sums a tensor over the processes, if each has only a part of x.
+        over_processes: of the layer's.
 
     Returns:
         [slice, token, column].
     """
-    none = tables.rules.shape[1] - 1
-    slots = torch.where((slots >= 0) & (slots < none), slots, none)
-    units = codes[..., codes.shape[-1] - tables.units * tables.parts :]
-    units = units.unflatten(-1, (tables.units, tables.parts)).sum(-1).flip(-1)
-    if over_processes is not None:
-        units = over_processes(units)
-    weights = torch.nn.functional.pad(gates(units, tables.rules[:, slots]), (0, 1), value=1.0)
-    return codes * weights.gather(-1, tables.owners[:, slots])
+    slots = slots.clamp(-1, tables.rules.shape[1] - 1)  # -1 is the last
+    units = _summed(_units(codes, tables.units, tables.rows), over_processes)
+    return _weighed(codes, gates(units, tables.rules[:, slots]), tables.owners[:, slots], tables.units)
+
+
+def gated_by_adapter(codes: Tensor, slots: Tensor, tables: Tables, over_processes: Sum = None) -> Tensor:
+    """`gated` in place, one adapter after the other: for a CPU, where nothing is captured and every operation counts.
+
+    Base and plain LoRAs cost nothing, and a mixture only the parts of the formula that it needs.
+    """
+    present = slots.unique().tolist()
+    for slot in present:
+        if number := tables.units_in(slot):
+            tokens = slice(None) if len(present) == 1 else (slots == slot).nonzero()[:, 0]
+            mine = codes[:, tokens]
+            units = _summed(_units(mine, number, tables.rows), over_processes)
+            weights = gates(units, tables.rules[:, slot, None], tables.parts_in(slot))
+            owners = tables.owners[:, slot, None].expand(-1, mine.shape[1], -1)
+            codes[:, tokens] = _weighed(mine, weights, owners, tables.units)
+    return codes
+
+
+def _units(codes: Tensor, number: int, rows: int) -> Tensor:
+    """The router's outputs, without bias: [..., unit]."""
+    tail = codes[..., codes.shape[-1] - number * rows :]
+    return tail.unflatten(-1, (number, rows)).sum(-1).flip(-1)
+
+
+def _summed(units: Tensor, over_processes: Sum) -> Tensor:
+    return units if over_processes is None else over_processes(units)
+
+
+def _weighed(codes: Tensor, weights: Tensor, owners: Tensor, none: int) -> Tensor:
+    """Each column times the weight of its expert, or 1 where that is `none`."""
+    weights = torch.nn.functional.pad(weights, (0, none + 1 - weights.shape[-1]), value=1.0)
+    return codes * weights.gather(-1, owners)

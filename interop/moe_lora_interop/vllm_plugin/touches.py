@@ -41,8 +41,8 @@ from moe_lora_interop.config.adapter_config import PEFT_TYPE
 from moe_lora_interop.disk.files import CONFIG_NAME
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.vllm_plugin import cpu_ops
-from moe_lora_interop.vllm_plugin.stacking import parts_of, stacked
-from moe_lora_interop.vllm_plugin.tables import Gating, Tables, gated
+from moe_lora_interop.vllm_plugin.stacking import rows_of, stacked
+from moe_lora_interop.vllm_plugin.tables import Gating, Tables, gated, gated_by_adapter
 
 _EXPECTED: list[tuple[Callable[..., Any], str]] = [
     (LoRAModelManager._create_lora_modules, "self"),
@@ -118,8 +118,8 @@ def _create_lora_modules(original: Any, manager: Any) -> None:
         for layer in manager.modules.values():
             if isinstance(layer, BaseLinearLayerWithLoRA):
                 slots, _, rank, _ = layer.lora_a_stacked[0].shape
-                parts = parts_of(layer.lora_a_stacked[0].dtype)
-                layer.moe_lora_tables = Tables.empty(layer.n_slices, slots, rank, parts, layer.device)
+                rows = rows_of(layer.lora_a_stacked[0].dtype)
+                layer.moe_lora_tables = Tables(layer.n_slices, slots, rank, rows, layer.device)
 
 
 def _apply_lora_to_output(original: Any, layer: Any, x: Tensor, output: Tensor) -> Tensor:
@@ -133,12 +133,10 @@ def _apply_lora_to_output(original: Any, layer: Any, x: Tensor, output: Tensor) 
     codes = torch.zeros(layer.n_slices, len(x), tables.owners.shape[-1], dtype=torch.float32, device=x.device)
     punica.add_shrink(codes, x, layer.lora_a_stacked, 1.0)
     has_part_of_x = isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_size > 1
-    codes = gated(
-        codes,
-        punica._token_lora_indices[: len(x)],
-        tables,
-        tensor_model_parallel_all_reduce if has_part_of_x else None,
-    )
+    over_processes = tensor_model_parallel_all_reduce if has_part_of_x else None
+    slots = punica._token_lora_indices[: len(x)]
+    gate = gated_by_adapter if current_platform.is_cpu() else gated  # on a CPU vLLM compiles nothing that has a LoRA
+    codes = gate(codes, slots, tables, over_processes)
     punica.add_expand(y, codes, layer.lora_b_stacked, layer.output_slices, add_inputs=True)
     return y.view(output.shape)
 
@@ -273,7 +271,7 @@ def _module_problems(manager: Any, module: str, name: str, a: Tensor, b: Tensor)
         yield f"{module}: vLLM cuts {owner} into {layer.n_slices} slices, expected one for each module"
         return
     base = layer.base_layer
-    sizes = getattr(base, "output_sizes", None) if owner in manager.packed_modules else [base.output_size]
+    sizes = base.output_sizes if owner in manager.packed_modules else [base.output_size]
     found, expected = [len(b), a.shape[1]], [sizes[index], base.input_size]
     if found != expected and layer.tp_size == 1:
         yield f"{module}: the adapter is for [out, in] = {found}, the base has {expected}"
