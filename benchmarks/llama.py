@@ -18,10 +18,12 @@ LEARNING_RATE = 1e-6
 """So small that the routing hardly moves between the first round and the last."""
 
 
-def save(directory: str | os.PathLike[str], *, quick: bool, tie_word_embeddings: bool = False) -> Path:
+def save(
+    directory: str | os.PathLike[str], *, quick: bool, tie_word_embeddings: bool = False, head_dim: int | None = None
+) -> Path:
     """Writes the model and returns its directory: random fp32 weights, heads of 64 features, no ending id."""
     sizes = QUICK if quick else FULL
-    heads = sizes["hidden_size"] // (16 if quick else 64)
+    heads = sizes["hidden_size"] // (head_dim or (16 if quick else 64))
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     set_seed(0)
     LlamaForCausalLM(

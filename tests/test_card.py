@@ -1,6 +1,7 @@
 """The README.md beside an adapter: written by every save, never over somebody's own."""
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -180,6 +181,15 @@ def test_a_card_says_how_its_adapter_was_trained(tmp_path):
         "Loss in training (nats per token): 3.000 at step 10, 2.500 at step 20. Loss on held-out data (nats per "
         "token): 3.250 at step 0, 2.750 at step 20 (12 examples, crc32 02cd).\n"
     ) in saved(tmp_path)
+
+
+@pytest.mark.parametrize("golden", ["top_k", "ffn", "model_task_table"])
+def test_a_card_says_of_vllm_what_inspect_says(golden):
+    found = moe_lora_interop.inspect(Path(__file__).parent / "golden" / "native" / golden / "adapter")
+    card, needs = model_card(found.config, found.tensors), found.vllm
+    assert (f"--enable-lora --max-lora-rank {needs.max_lora_rank} --lora-modules" in card) == (golden == "top_k")
+    assert all(f"\n- {problem}\n" in card for problem in needs.problems)
+    assert ("vLLM cannot serve it" in card) == bool(needs.problems)
 
 
 @pytest.mark.parametrize("run", ["{", "[]", '{"settings": {}}', '{"settings": {"batch_size": "all"}, "data": 1}'])

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from tests.adapters import Q0, Q1, SHAPES, V0, make_adapter
 from tests.peers_data import Peer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+GOLDEN = Path(__file__).parent / "golden"
 PREFIX = "base_model.model."
 
 
@@ -79,6 +81,23 @@ def test_inspection_is_json_ready(tmp_path):
     back = json.loads(json.dumps(found, allow_nan=False))
     assert back == found
     assert back["tensors"][f"{PREFIX}{Q0}.moe_lora_A"] == {"dtype": "F32", "shape": [3, 2, 5]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "words"),
+    [
+        ("layouts/lora", 8, "without"),  # ranks 2 and 3: the least that vLLM has
+        ("native/top_k", 16, "with"),  # 3 experts of rank 2, a router of 3 rows in 3 parts
+        ("native/ffn", None, "--as mixtral"),
+        ("native/tasks", None, "--task ID"),
+        ("native/model", None, "--gates FILE.json"),
+        ("layouts/loramoe", None, "--to native"),
+    ],
+)
+def test_inspect_names_the_road_to_vllm(layout, rank, words):
+    found = moe_lora_interop.inspect(GOLDEN / layout / "adapter").vllm
+    assert (found.max_lora_rank, found.problems == []) == (rank, rank is not None)
+    assert found.plugin == (words == "with") if rank else words in " ".join(found.problems)
 
 
 def test_inspect_loads_no_tensor(tmp_path, monkeypatch):

@@ -50,6 +50,13 @@ def test_inspect_prints_every_tensor_and_the_base(adapter):
         (line,) = [line for line in done.stdout.splitlines() if f" {name} " in line]
         assert info.dtype in line and str(list(info.shape)) in line
     assert "org/[red]base" in done.stdout and "2 largest" in done.stdout
+    assert "--max-lora-rank 16, with the plugin" in done.stdout  # 3 experts of rank 2, 3 times 3 rows of a router
+
+
+def test_inspect_says_why_vllm_cannot_serve_it():
+    done = shell("inspect", ROOT / "tests/golden/native/ffn/adapter")
+    assert done.returncode == 0
+    assert "vLLM  cannot serve it: scope: found ffn" in done.stdout and "--as mixtral" in done.stdout
 
 
 def test_inspect_json_is_the_inspection(adapter):

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import tyro
+from safetensors.numpy import load_file, save_file
 
 import moe_lora_interop
 from moe_lora_interop.cli.export import export
 from moe_lora_interop.export.plain_lora import read_plain_lora
-from tests.adapters import make_adapter
+from tests.adapters import SHAPES, assert_same_tensors, make_adapter
 from tests.export_truth import deltas_of
 from tests.peers_data import ROOT, Peer
 
@@ -53,6 +54,33 @@ def test_a_foreign_layout_with_options(tmp_path, capsys):
     run(peer.directory, tmp_path / "two", "--as", "lora-experts", "--from", "mola", "--option", f"top_k={top_k}")
 
 
+@pytest.mark.parametrize("form", [["lora", "--gates", "uniform"], ["lora-experts"]], ids=lambda form: form[0])
+def test_a_lora_for_a_model_with_the_text_model_inside(form, tmp_path):
+    adapter = make_adapter()
+    moe_lora_interop.write(adapter, tmp_path / "mixture")
+    (tmp_path / "whole").mkdir()
+    weights = {f"language_model.{m}.weight": np.zeros((n_out, n_in), "float32") for m, (n_in, n_out) in SHAPES.items()}
+    save_file(weights, tmp_path / "whole" / "model.safetensors")
+    args = ["--as", *form, "--base", tmp_path / "whole", "--prefix"]
+    run(tmp_path / "mixture", tmp_path / "out", *args, "language_model.")
+    run(tmp_path / "mixture", tmp_path / "alone", "--as", *form)
+    for file in (tmp_path / "alone").rglob("adapter_model.safetensors"):
+        placed = load_file(tmp_path / "out" / file.relative_to(tmp_path / "alone"))
+        alone = load_file(file)
+        named = {
+            name.replace("base_model.model.", "base_model.model.language_model.", 1): value
+            for name, value in alone.items()
+        }
+        assert_same_tensors(placed, named)
+        assert {n.removeprefix("base_model.model.").rsplit(".", 2)[0] + ".weight" for n in placed} == weights.keys()
+    with pytest.raises(moe_lora_interop.CheckpointError) as error:
+        run(tmp_path / "mixture", tmp_path / "wrong", *args, "text.")
+    assert sorted(error.value.problems) == [
+        f"text.{m}: not in the base model at {tmp_path / 'whole'}" for m in sorted(SHAPES)
+    ]
+    assert not (tmp_path / "wrong").exists()
+
+
 NO_MEAN = (
     "gates: found mean, expected uniform or a FILE.json; "
     "`moe-lora measure SOURCE --base BASE --data DATA --mean-gates FILE.json` writes the means"
@@ -69,6 +97,8 @@ NO_MEAN = (
         (["--as", "mixtral"], ["base: missing"]),
         (["--as", "mixtral", "--gates", "mean"], ["gates: found with --as mixtral", "base: missing"]),
         (["--as", "lora-experts", "--task", "1"], ["task: found with --as lora-experts, expected only with lora"]),
+        (["--as", "lora-experts", "--prefix", "x."], ["base: missing"]),
+        (["--as", "mixtral", "--prefix", "x.", "--base", "x"], ["prefix: found with --as mixtral"]),
         (["--as", "lora-experts", "--dtype", "float32"], ["dtype: found with --as lora-experts"]),
     ],
 )

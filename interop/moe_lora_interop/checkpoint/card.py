@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moe_lora_interop.checkpoint.run_records import training_in_words
+from moe_lora_interop.checkpoint.servable import vllm_needs
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.base_name import HubName, hub_name
 from moe_lora_interop.config.in_words import routing_in_words
@@ -67,6 +68,7 @@ mlj.load_adapter(model, {adapter_folder})
 {ends}
 ## Serve
 
+{serving}
 Servers of ordinary LoRA do not know routers. `moe-lora export` writes what they take: `--as lora` one LoRA with fixed
 gates, an approximation whose cost `moe-lora measure` says; `--as lora-experts` each expert by itself; `--as mixtral`,
 for a feed-forward mixture on a Llama or Mistral, a whole model that keeps the router.
@@ -84,6 +86,18 @@ A text ends at the token ids {ids} (`generation_config.json`), not only where th
 not read that file from an adapter by themselves: `model.generate(..., eos_token_id={ids})`, `vllm serve ...
 --generation-config path/to/this/directory`.
 """
+_IN_VLLM = """With the plugin that comes with moe-lora-jax, vLLM serves it beside other adapters and the base model:
+
+```bash
+pip install "moe-lora-jax[vllm]"  # beside the vllm of your machine
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=path/to/this/directory
+```
+"""
+_NOT_IN_VLLM = """vLLM cannot serve it:
+
+{problems}
+"""
+_ASK = "`moe-lora inspect` says what vLLM needs to serve it, or why it cannot.\n"
 _HERE = "path/to/this/directory"
 _SEAL = re.compile(r"<!-- card ([0-9a-f]{8}): [^\n]* -->\s*\Z")
 GENERATION_CONFIG = "generation_config.json"
@@ -161,10 +175,11 @@ def model_card(
         metadata = f"library_name: peft\nbase_model: unknown\n{_TAGS}"
     root = "sqrt(r)" if config.use_rslora else "r"
     downloads = known is not None or repo_id is not None
+    base_id = "path/or/name/of/the/base" if known is None else known.id
     text = _TEMPLATE.format(
         metadata=_naming(metadata, known),
         base=base if known is None else known.id,
-        base_id="path/or/name/of/the/base" if known is None else known.id,
+        base_id=base_id,
         place=repo_id or _HERE,
         download="from huggingface_hub import snapshot_download\n" if downloads else "",
         base_folder='"path/to/base"' if known is None else f'snapshot_download("{known.id}")',
@@ -174,6 +189,7 @@ def model_card(
         r=config.r,
         scaling=f"lora_alpha / {root}, lora_alpha = {config.lora_alpha}, r = {config.r}",
         routing=routing_in_words(config),
+        serving=_serving(config, tensors, base_id),
         training=_TRAINING.format(words=training) if training else "",
         contents=_contents(config, tensors) if tensors else "",
         ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
@@ -192,6 +208,16 @@ def _naming(metadata: str, known: HubName | None) -> str:
         return f"{tag}base_model:adapter:{known.id}" if tag else f"base_model: {json.dumps(known.id)}"
 
     return "\n".join(filter(None, _OF_BASE.sub(entry, metadata).splitlines()))
+
+
+def _serving(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo], base: str) -> str:
+    """What `moe-lora inspect` says of vLLM, too."""
+    if not tensors:
+        return _ASK
+    needs = vllm_needs(NATIVE.name, config, sorted(_features(tensors)))
+    if needs.max_lora_rank is None:
+        return _NOT_IN_VLLM.format(problems="\n".join(f"- {problem}" for problem in needs.problems))
+    return _IN_VLLM.format(base=base, rank=needs.max_lora_rank)
 
 
 def _contents(config: MoeLoraConfig, tensors: Mapping[str, TensorInfo]) -> str:

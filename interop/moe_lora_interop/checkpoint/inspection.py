@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.checkpoint.base_tensors import base_problems, left_out
 from moe_lora_interop.checkpoint.read_write import between_saves, opened
 from moe_lora_interop.checkpoint.reading import OpenAdapter, Reading
+from moe_lora_interop.checkpoint.servable import VllmNeeds, vllm_needs
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.disk import files
@@ -22,6 +23,7 @@ from moe_lora_interop.disk.files import TensorInfo
 from moe_lora_interop.disk.model_directory import WeightFiles
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.rules.base_tensors import name_in_base
+from moe_lora_interop.rules.tensors import claim
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Inspection:
         bytes: size of all tensors, in bytes.
         metadata: of the safetensors header.
         notes: what else the file holds: tensors of the base model, whole modules.
+        vllm: what vLLM needs to serve the directory, or why it cannot.
     """
 
     layout: str
@@ -47,11 +50,13 @@ class Inspection:
     bytes: int
     metadata: dict[str, str]
     notes: list[str]
+    vllm: VllmNeeds
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         tensors = {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in self.tensors.items()}
-        return {**self.__dict__, "config": self.config.to_dict(), "tensors": tensors}
+        needs = dict(self.vllm.__dict__)
+        return {**self.__dict__, "config": self.config.to_dict(), "tensors": tensors, "vllm": needs}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,16 @@ def _inspection(reading: Reading) -> Inspection:
         bytes=sum(counts[name] * bits(t.dtype) // 8 for name, t in tensors.items()),
         metadata=dict(reading.stored.metadata),
         notes=reading.notes(),
+        vllm=vllm_needs(reading.dialect.name, config, sorted({*_modules(reading)})),
     )
+
+
+def _modules(reading: Reading) -> Iterator[str]:
+    """The modules that the adapter changes, by the names of its tensors; with names of their own in some layouts."""
+    for name, info in reading.stored.infos.items():
+        rule = claim(reading.dialect.rules, name, len(info.shape))
+        if rule is not None and rule.role == "lora_B" and (bound := rule.stored.bind(name)) is not None:
+            yield bound.get("module", name)
 
 
 def verify(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
@@ -136,21 +150,25 @@ def _value_findings(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _base_findings(adapter: Adapter, base: Path) -> Iterator[Finding]:
-    shapes = base_shapes(base)
-    for module, features in adapter.features.items():
-        found = features[::-1]
-        expected = shapes.get(_stored_name(f"{module}.weight", shapes) or "")
-        if expected is None:
-            yield Finding("error", f"{module}: not in the base model at {base}")
-        elif found != expected:
-            yield Finding(
-                "error", f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
-            )
+    for problem in layer_problems(adapter.features, base_shapes(base), base):
+        yield Finding("error", problem)
     of_base = _of_base(adapter, base)
     for name in adapter.base_tensors.keys() - of_base.keys():
         yield Finding("error", f"{name_in_base(name)}: came with the adapter, not in the base model at {base}")
     for problem in base_problems(adapter.base_tensors, of_base):
         yield Finding("error", problem)
+
+
+def layer_problems(
+    features: Mapping[str, tuple[int, int]], shapes: Mapping[str, tuple[int, ...]], base: Path
+) -> Iterator[str]:
+    """Which modules, {path: (in, out)}, are not layers of the base model at `base`, whose tensors have these shapes."""
+    for module, sizes in features.items():
+        found, expected = sizes[::-1], shapes.get(_stored_name(f"{module}.weight", shapes) or "")
+        if expected is None:
+            yield f"{module}: not in the base model at {base}"
+        elif found != expected:
+            yield f"{module}: the adapter is for [out, in] = {list(found)}, the base has {list(expected)}"
 
 
 def _of_base(adapter: Adapter, base: Path) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moe_lora_interop.checkpoint import inspection as checks
+from moe_lora_interop.checkpoint.servable import VllmNeeds
 from moe_lora_interop.cli.convert import Layout, Options, parse_options
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.dialects.registry import dialect_named
@@ -22,7 +23,7 @@ def inspect(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.
+    """Describe a checkpoint in any layout: tensors, sizes, routing, what vLLM needs. Reads headers only.
 
     Args:
         directory: The adapter's directory.
@@ -49,11 +50,20 @@ def inspect(
         ("experts", f"{config.num_experts} of rank {config.r}, lora_alpha {config.lora_alpha}"),
         ("routing", found.routing),
         ("size", f"{found.parameters:,} parameters, {found.bytes:,} bytes"),
+        *(("vLLM", text) for text in _in_vllm(found.vllm)),
     ):
         console.print(Text.assemble((f"{name:>10}", "bold"), f"  {printable(str(value))}"), highlight=False)
     for note in found.notes:
         console.print(Text.assemble((f"{'note':>10}", "bold"), f"  {printable(note)}"), highlight=False)
     return 0
+
+
+def _in_vllm(needs: VllmNeeds) -> list[str]:
+    """How vLLM serves it, or each reason why it does not."""
+    if needs.max_lora_rank is None:
+        return [f"cannot serve it: {problem}" for problem in needs.problems]
+    with_plugin = ", with the plugin of moe-lora-jax[vllm]" if needs.plugin else ""
+    return [f"--enable-lora --max-lora-rank {needs.max_lora_rank}{with_plugin}"]
 
 
 def verify(

@@ -24,7 +24,7 @@ SUMMARIES = {
     "layouts": "List the layouts: where each comes from, what must be given, what it can and cannot express.",
     "export": "Export a mixture for stock PEFT (lora-experts, lora), or as a standalone Mixtral model.",
     "generate": "Continue a prompt, with or without an adapter.",
-    "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing rule. Reads headers only.",
+    "inspect": "Describe a checkpoint in any layout: tensors, sizes, routing, what vLLM needs. Reads headers only.",
     "measure": "Measure a mixture on data: its mean gates for `export --gates`, or what an export costs.",
     "plan": "Say whether a training run fits on devices that are not here, and what a step costs.",
     "push": "Check an adapter, and upload it to the Hugging Face Hub. Exit code 1: it is not sound, and stays here.",

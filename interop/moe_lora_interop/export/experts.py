@@ -7,6 +7,7 @@ import numpy as np
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.disk.atomic import require_empty, write_text
 from moe_lora_interop.errors import CheckpointError
+from moe_lora_interop.export.inside import Inside
 from moe_lora_interop.export.plain_lora import Factors, plain_lora, write_plain_lora
 from moe_lora_interop.export.readme import readme
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
@@ -51,31 +52,41 @@ def expert_notes(adapter: Adapter) -> list[str]:
 
 
 def export_lora_experts(
-    adapter: Adapter, directory: str | os.PathLike[str], *, on_progress: OnProgress = no_progress
+    adapter: Adapter,
+    directory: str | os.PathLike[str],
+    *,
+    inside: Inside | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> list[str]:
     """Writes DIRECTORY/expert_0, expert_1, ...: ordinary LoRA directories that stock PEFT loads, and a README.md.
 
     Args:
         adapter: the mixture.
         directory: new or empty.
+        inside: where the text model is in a larger one, for LoRAs on that.
         on_progress: called with (done, total) in experts written.
 
     Returns:
         What is lost, one line each.
 
     Raises:
-        CheckpointError: something is in `directory`, an expert has nothing to write, or the disk refuses.
+        CheckpointError: something is in `directory`, an expert has nothing to write, a module is not inside, or the
+            disk refuses.
     """
     path, notes, config = require_empty(directory), expert_notes(adapter), adapter.config
     if config.modules_to_save:
         raise CheckpointError(
             "cannot be exported", [f"modules_to_save: found {config.modules_to_save}, expected null: not in the file"]
         )
+    if inside is not None:
+        inside.check(adapter.features)
     number = max(sizes.num_experts for sizes in config.for_modules(adapter.modules).values())
     for expert in tracked(range(number), on_progress):
         what = f"Expert {expert} of {number}, an ordinary LoRA adapter."
         text = readme(f"LoRA expert {expert}", what, notes, config)
-        write_plain_lora(expert_lora(adapter, expert), path / f"expert_{expert}", text)
+        exported = expert_lora(adapter, expert)
+        exported = exported if inside is None else inside.placed(exported)
+        write_plain_lora(exported, path / f"expert_{expert}", text)
     what = f"Folders expert_0 to expert_{number - 1}: ordinary LoRA adapters, one per expert."
     write_text(path / "README.md", readme("LoRA experts", what, notes, config))
     return notes

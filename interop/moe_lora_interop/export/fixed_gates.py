@@ -10,6 +10,7 @@ from moe_lora_interop.config.modules import block_of
 from moe_lora_interop.disk.atomic import require_empty
 from moe_lora_interop.errors import ConfigError
 from moe_lora_interop.export.gate_sources import Gates
+from moe_lora_interop.export.inside import Inside
 from moe_lora_interop.export.plain_lora import Factors, plain_lora, write_plain_lora
 from moe_lora_interop.export.readme import readme
 from moe_lora_interop.progress import OnProgress, no_progress, tracked
@@ -61,6 +62,7 @@ def export_lora(
     gates: Gates,
     source: str,
     *,
+    inside: Inside | None = None,
     on_progress: OnProgress = no_progress,
 ) -> list[str]:
     """Writes the ordinary LoRA of `fixed_gates_lora`, and a README.md.
@@ -70,6 +72,7 @@ def export_lora(
         directory: new or empty.
         gates: {routed module: [split, expert]}.
         source: where the gates come from, for people: "uniform", "task 3", ...
+        inside: where the text model is in a larger one, for a LoRA on that.
         on_progress: as there.
 
     Returns:
@@ -77,10 +80,13 @@ def export_lora(
 
     Raises:
         ConfigError: see `fixed_gates_lora`.
-        CheckpointError: something is in `directory`, or the disk refuses.
+        CheckpointError: something is in `directory`, a module is not inside, or the disk refuses.
     """
     path = require_empty(directory)
     exported = fixed_gates_lora(adapter, gates, on_progress=on_progress)
+    if inside is not None:
+        inside.check(exported.features)
+        exported = inside.placed(exported)
     if adapter.config.router_input == "task":
         notes = [f"The gates are fixed ({source}): exact for these tasks, and the router for all others is lost."]
     else:
