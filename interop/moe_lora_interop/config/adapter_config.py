@@ -33,10 +33,8 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from moe_lora_interop.config.allowed import (
@@ -67,6 +65,8 @@ from moe_lora_interop.config.allowed import (
     since,
 )
 from moe_lora_interop.config.combinations import clashes
+from moe_lora_interop.config.json_values import as_json
+from moe_lora_interop.config.module_config import ModuleConfig, one_per_expert
 from moe_lora_interop.config.patterns import first_match, pattern_for
 from moe_lora_interop.config.presets import PRESETS, SHARE
 from moe_lora_interop.config.targets import Targets
@@ -236,7 +236,7 @@ class MoeLoraConfig:
         for f in dataclasses.fields(self):
             words = f.metadata["words"]
             try:
-                value = _as_json(getattr(self, f.name))
+                value = as_json(getattr(self, f.name))
             except RecursionError:
                 problems.append(f"{f.name}: nested too deeply, expected {words}")
                 continue
@@ -303,7 +303,7 @@ class MoeLoraConfig:
                 wrong.append(f"num_experts: found {experts}, expected {self.num_experts} (one router) or 1 (none)")
             problems += [f"{module}: {problem}" for problem in wrong]
             if not wrong:
-                ranks, alphas = (_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
+                ranks, alphas = (one_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
                 most = None if self.keeps_more else own["top_k"]
                 found[module] = ModuleConfig(
                     experts, ranks, alphas, self.use_rslora, own["top_k"], most, self.shared_lora_A
@@ -348,7 +348,7 @@ class MoeLoraConfig:
         something."""
         later = {f.name for f in dataclasses.fields(self) if "version" in f.metadata and not f.metadata["values"]}
         names = [f.name for f in dataclasses.fields(self) if f.name not in later - self._later().keys()]
-        return {name: _as_json(getattr(self, name)) for name in names}
+        return {name: as_json(getattr(self, name)) for name in names}
 
     def semantic_dict(self) -> dict[str, Any]:
         """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
@@ -431,47 +431,3 @@ MoeLoraConfig.__init__ = _init_of_known  # type: ignore[method-assign]
 
 BOOKKEEPING = tuple(f.name for f in dataclasses.fields(MoeLoraConfig) if not f.compare)
 """Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes."""
-
-
-@dataclass(frozen=True)
-class ModuleConfig:
-    """What the config says about one target module. `ranks` and `alphas` have one entry per expert; a token keeps at
-    least `top_k` and at most `most_kept` experts, null being all."""
-
-    num_experts: int
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    use_rslora: bool
-    top_k: int | None
-    most_kept: int | None
-    shared_lora_A: bool
-
-    @property
-    def rank(self) -> int:
-        """Size of the rank axis in memory; experts of smaller rank are zero-padded up to it."""
-        return max(self.ranks)
-
-    @property
-    def scalings(self) -> tuple[float, ...]:
-        """s_e = alpha_e / r_e, or alpha_e / sqrt(r_e) with use_rslora."""
-        return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in zip(self.alphas, self.ranks, strict=True))
-
-    @property
-    def has_router(self) -> bool:
-        """One expert needs no router: the module is plain LoRA."""
-        return self.num_experts > 1
-
-
-def _per_expert(value: Any, experts: int) -> tuple:
-    return tuple(value) if isinstance(value, list) else (value,) * experts
-
-
-def _as_json(value: Any) -> Any:
-    """A private copy in JSON's own types (tuples and sets become lists, enums their values)."""
-    if isinstance(value, Mapping):
-        return {str(k): _as_json(v) for k, v in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=str)
-    if isinstance(value, list | tuple):
-        return [_as_json(v) for v in value]
-    return str(value.value) if isinstance(value, Enum) else value
