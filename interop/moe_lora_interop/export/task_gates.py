@@ -44,6 +44,10 @@ def compute_gates(
         keep &= score >= threshold
     kept = score - threshold if config.adaptive_threshold and threshold is not None else score
     weights = np.where(keep, kept, 0.0)
+    if config.norm_topk_prob and config.scoring_func == "sigmoid" and not config.adaptive_threshold:
+        log_p = np.where(keep, -np.logaddexp(0.0, -z), -np.inf)  # all p may be too small for a float
+        largest = log_p.max(axis=-1, keepdims=True)
+        weights = np.exp(log_p - np.where(np.isfinite(largest), largest, 0.0))
     if config.norm_topk_prob:
         total = weights.sum(axis=-1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)

@@ -29,7 +29,7 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         p     = softmax(z) | softmax(|z|) | sigmoid(z) | z | sparsemax(z)
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
                 with top_p and entropy_threshold more, as `moe_lora_interop.config` says it
-        gates = softmax of z (or |z|) over the kept logits     softmax scores, norm_topk_prob, no adaptive threshold
+        gates = softmax of log p over the kept     norm_topk_prob, no adaptive threshold, no sparsemax (whose p are 0)
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
 
     The first form equals the second in exact arithmetic, but gives exact zeros as gradients where they are zero
@@ -57,9 +57,10 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
             kept = kept | (entropy > config.entropy_threshold)
     else:
         kept = torch.ones_like(scores, dtype=torch.bool) if tau is None else scores >= tau
-    if is_softmax and config.norm_topk_prob and not config.adaptive_threshold:
+    if config.norm_topk_prob and not config.adaptive_threshold and config.scoring_func != "sparsemax":
+        log_p = z if is_softmax else torch.nn.functional.logsigmoid(z)  # softmax needs no log: p ~ exp(z)
         # the lowest finite number, not -inf: a row without any kept expert must not become NaN, nor its gradient
-        gates = z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1)
+        gates = log_p.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1)
         gates = gates if tau is None else gates * kept
     else:
         weights = scores - tau if config.adaptive_threshold and tau is not None else scores
