@@ -36,7 +36,7 @@ _TEMPLATE = """---
 Base model: `{base}`. Format: moe-lora native, version {version}. {experts} experts of rank {r}.
 
 ## Load
-
+{needs}
 PyTorch:
 
 ```bash
@@ -83,6 +83,10 @@ _ENDS = """
 A text ends at the token ids {ids} (`generation_config.json`), not only where the base model's do. PEFT and servers do
 not read that file from an adapter by themselves: `model.generate(..., eos_token_id={ids})`, `vllm serve ...
 --generation-config path/to/this/directory`.
+"""
+_NEEDS = """
+The routing `{name}` (version {version}) is no part of moe-lora: first install the package that registers it, or import
+its module, `{module}`.
 """
 _HERE = "path/to/this/directory"
 _SEAL = re.compile(r"<!-- card ([0-9a-f]{8}): [^\n]* -->\s*\Z")
@@ -176,10 +180,18 @@ def model_card(
         routing=routing_in_words(config),
         training=_TRAINING.format(words=training) if training else "",
         contents=_contents(config, tensors) if tensors else "",
+        needs=_needs(config),
         ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
     return f"{text}\n<!-- card {_sum(text + chr(10))}: without this line no save replaces it -->\n"
+
+
+def _needs(config: MoeLoraConfig) -> str:
+    """What loading takes beside this package."""
+    return (
+        "" if config.routing is None else _NEEDS.format(module=type(config.routing_rule).__module__, **config.routing)
+    )
 
 
 def _naming(metadata: str, known: HubName | None) -> str:

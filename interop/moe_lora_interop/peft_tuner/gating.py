@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.routing_rule import decision
 
 
 class RouterOutput(NamedTuple):
@@ -34,6 +35,7 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
 
     The first form equals the second in exact arithmetic, but gives exact zeros as gradients where they are zero
     (renormalised top-1), which an optimizer like Adam would otherwise inflate. A token with nothing kept gets zeros.
+    A registered routing decides all this itself.
 
     Args:
         logits: z, [token, expert], the temperature applied.
@@ -41,6 +43,8 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         top_k: of this module, or None.
         tau: the threshold, a number or [token, 1], or None.
     """
+    if config.routing_rule is not None:
+        return _registered(logits, config.routing_rule, top_k)
     # |z| by selection: its derivative at 0 is 1, as jax.numpy.abs has it, where torch.abs has 0
     z = torch.where(logits >= 0, logits, -logits) if config.scoring_func == "abs_softmax" else logits
     is_softmax = "softmax" in config.scoring_func
@@ -68,6 +72,16 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         if config.norm_topk_prob:
             total = gates.sum(-1, keepdim=True)
             gates = gates / torch.where(total > 0, total, 1.0)
+    return RouterOutput(logits, scores, kept, gates)
+
+
+def _registered(logits: Tensor, rule: Any, top_k: int | None) -> RouterOutput:
+    """What a registered routing decides. Gates of a token that keeps more than top_k are nan: whole feed-forward blocks
+    run for top_k experts alone, and would leave the others out."""
+    scores, gates = decision(rule, "torch", logits, top_k)
+    kept = gates != 0
+    if top_k is not None:
+        gates = torch.where(kept.sum(-1, keepdim=True) > top_k, torch.nan, gates)
     return RouterOutput(logits, scores, kept, gates)
 
 
