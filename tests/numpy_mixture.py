@@ -215,6 +215,9 @@ def decide(
     z: np.ndarray, c: MoeLoraConfig, top_k: int | None, tau: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One token: z [expert] -> the scores p, which experts are kept, and g before routed_scaling_factor."""
+    if c.routing is not None:
+        p, g = (rows[0] for rows in c.routing_rule.numpy(z[None], top_k))
+        return p, g != 0, g
     z = np.abs(z) if c.scoring_func == "abs_softmax" else z
     p = {"sigmoid": sigmoid, "identity": lambda z: z, "sparsemax": sparsemax}.get(c.scoring_func, softmax)(z)
     kept = np.ones(len(p), bool)

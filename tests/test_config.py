@@ -66,6 +66,7 @@ WRONG = {
     "entropy_index": (NOT_POSITIVE, "finite number > 0"),
     "entropy_eps": (NOT_FRACTION, "[0, 1)"),
     "norm_topk_prob": (NOT_BOOL, "true or false"),
+    "routing": (("again", 1, True, [], {}, {"name": "again"}, {"name": "again", "version": 0}), "a registered routing"),
     "routed_scaling_factor": (NOT_POSITIVE, "finite number > 0"),
     "lora_dropout": (NOT_FRACTION, "[0, 1)"),
     "expert_dropout": (NOT_FRACTION, "[0, 1)"),

@@ -14,6 +14,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from moe_lora_interop.cli import main as cli
+from moe_lora_interop.config import routings
 from moe_lora_interop.dialects import registry
 from tests.tiny_training import small_dirs  # noqa: F401  a fixture
 
@@ -63,6 +64,7 @@ def test_the_code_of(page, furnished, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "out")  # it makes its own
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(routings, "_registered", {})
     parsers = [PythonCodeBlockParser(), *(CodeBlockParser(name, shell) for name in ("bash", "shell"))]
     for example in Sybil(parsers=parsers, path=str(ROOT)).parse(ROOT / page).examples():
         example.evaluate()

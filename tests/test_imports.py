@@ -18,11 +18,13 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "moe_lora_jax"}
 TORCH = {"torch", "transformers", "peft", "accelerate"}
 # Foreign adapters are often pickles: the one file that may import torch, when it meets one.
 READS_PICKLES = "torch_files.py"
+# What others add has a function for each framework: the file that calls them imports a framework for its function.
+COMPARES_FRAMEWORKS = "moe_lora_interop.testing.frameworks"
 RUN_BY_A_SUBPROCESS = "moe_lora_jax.demo.peft_check"  # a script that is read and run elsewhere, never imported
 
 # Every room, from the foundation up: a room imports only from rooms before it.
 INTEROP = ["errors", "memory", "progress", "progress_bar", "disk", "config", "rules", "dialects", "checkpoint"]
-INTEROP += ["export", "peft_tuner", "vllm_plugin", "cli", "peft_run"]
+INTEROP += ["export", "testing", "peft_tuner", "vllm_plugin", "cli", "peft_run"]
 JAX_ROOMS = [
     "processes",
     "sharding",
@@ -125,7 +127,8 @@ def test_frameworks_stay_where_they_belong():
     interop = [m for m in FILES if m.startswith("moe_lora_interop")]
     tuner = [m for m in interop if room(m) == "moe_lora_interop.peft_tuner"]
     in_vllm = [m for m in interop if room(m) == "moe_lora_interop.vllm_plugin"]
-    neutral = [m for m in interop if m not in tuner + in_vllm and FILES[m].name != READS_PICKLES]
+    neutral = [m for m in interop if m not in [*tuner, *in_vllm, COMPARES_FRAMEWORKS]]
+    neutral = [m for m in neutral if FILES[m].name != READS_PICKLES]
     in_jax = [
         m for m in FILES if m.startswith("moe_lora_jax") and FILES[m].name != "peft_check.py"
     ]  # run, not imported
@@ -133,6 +136,14 @@ def test_frameworks_stay_where_they_belong():
     assert offenders(neutral, JAX | TORCH) == {}
     assert offenders(tuner + in_vllm, JAX) == {}
     assert offenders(in_jax, {"torch", "peft", "accelerate"}) == {}
+
+
+def test_the_comparison_of_frameworks_imports_them_only_when_called():
+    assert offenders([COMPARES_FRAMEWORKS], (JAX | TORCH) - {"jax", "torch"}) == {}
+    top = [n for n in ast.parse(FILES[COMPARES_FRAMEWORKS].read_text("utf-8")).body if isinstance(n, ast.Import)]
+    assert [ast.unparse(n) for n in top] == ["import numpy as np"]
+    done = python(blocking(JAX | TORCH, "from moe_lora_interop.testing import check_routing"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_reader_of_pickles_imports_torch_only_when_called():

@@ -65,6 +65,21 @@ def test_extreme_logits_in_both_frameworks(rule, tally):
     tally("numerics", tried=2 * len(LOGITS), lost=0)
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_sigmoids_that_are_all_too_small_for_a_float_keep_their_ratios(top_k):
+    z = np.array([[-1000.0, -1001, -1003, -5000]], np.float32)
+    kept = np.where(np.arange(E) < (top_k or E), z[0].astype(np.float64), -np.inf)
+    expected = [np.exp(kept - kept[0]) / np.exp(kept - kept[0]).sum()]  # sigmoid(z) = exp(z) (1 - exp(z) + ...)
+    config = config_of(scoring_func="sigmoid", top_k=top_k)
+    given = torch.from_numpy(z).requires_grad_()
+    in_torch = torch_route(given, config, top_k, None).gates
+    in_jax = route(jnp.asarray(z), Gating.of(config, config.for_module("proj"))).gates
+    for gates in (in_jax, in_torch.detach(), compute_gates(z.astype(np.float64), config, top_k)):
+        np.testing.assert_allclose(gates, expected, rtol=1e-5)
+    in_torch[0, 0].backward()
+    assert given.grad[0, :2].abs().min() > 0.1
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_of_extreme_finite_logits_are_finite(rule, tally):
     config = config_of(**RULES[rule])

@@ -34,6 +34,7 @@ from moe_lora_interop.rules.tensors import axes_of, decode, encode
 from moe_lora_jax.adapters.jax_tree import JAX_TREE
 from tests.hf import make_model, save_model
 from tests.numpy_mixture import NumpyMixture
+from tests.routings import SignedRoot
 
 pytestmark = THIRD_PARTY_WARNINGS
 IDS = np.random.default_rng(0).integers(3, 90, (2, 5))
@@ -233,6 +234,9 @@ WORDS = {
     "sparse, at a temperature of its own": {"scoring_func": "sparsemax", "temperature_hidden_size": 5},
     "whole blocks at a temperature of their own": {"scope": "ffn", "temperature_hidden_size": 5, **ATTENTION_ALONE},
     "signed, weights mixed, own temperature": {**SIGNED, "mix": "weights", "n_splits": 2, "temperature_hidden_size": 3},
+    "somebody else's routing": {"routing": SignedRoot(power=2.0), "top_k": 2, "router_bias": True},
+    "somebody else's routing of whole blocks": {"routing": SignedRoot(), "scope": "ffn", "top_k": 2, **ATTENTION_ALONE},
+    "somebody else's routing of the model": {"routing": SignedRoot(), "scope": "model", "layerwise": True},
     "signed top 1 of the model": {**SIGNED, "scope": "model", "top_k": 1, "router_temperature": 0.5},
 }
 

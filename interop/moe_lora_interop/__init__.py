@@ -2,6 +2,7 @@
 
 from moe_lora_interop.checkpoint import Adapter, Finding, Inspection, convert, detect, inspect, read, verify, write
 from moe_lora_interop.config import MoeLoraConfig
+from moe_lora_interop.config.routings import register_routing
 from moe_lora_interop.dialects.registry import register_dialect
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_interop.export.combining import combine
@@ -25,6 +26,7 @@ __all__ = [
     "inspect",
     "read",
     "register_dialect",
+    "register_routing",
     "verify",
     "write",
 ]

@@ -10,6 +10,7 @@ from flax import nnx
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.config.base_name import hub_named
 from moe_lora_interop.config.modules import block_of, last_bias_problem, last_layer, order_problems, router_owners
+from moe_lora_interop.config.routing_rule import function_of
 from moe_lora_interop.config.stuck_routers import warn_of_stuck_routers
 from moe_lora_interop.errors import CheckpointError, ConfigError
 from moe_lora_jax.adapters.abstract import change_abstractly
@@ -86,6 +87,8 @@ def apply_to_modules(
     if config.modules_to_save:
         problem = f"modules_to_save: found {config.modules_to_save}, expected null: only PyTorch saves whole modules"
         raise ConfigError("the config does not fit the model", [problem])
+    if config.routing_rule is not None:
+        function_of(config.routing_rule, "jax")  # before anything of the model is changed
     if is_abstract(model):
         apply = partial(apply_to_modules, config=config, chosen=chosen, param_dtype=param_dtype, spec=spec)
         return change_abstractly(model, rngs, lambda model, rngs: apply(model, rngs=rngs))

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.config.routing_rule import decision
 
 
 class RouterOutput(NamedTuple):
@@ -38,6 +39,7 @@ class Gating:
     entropy_eps: float
     norm_topk_prob: bool
     routed_scaling_factor: float
+    routing_rule: Any
 
     @classmethod
     def of(cls, config: MoeLoraConfig, sizes: ModuleConfig) -> "Gating":
@@ -56,12 +58,15 @@ def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = Non
 
     The first form equals the second in exact arithmetic, but gives exact zeros as gradients where they are zero
     (renormalised top-1), which an optimizer like Adam would otherwise inflate. A token with nothing kept gets zeros.
+    A registered routing decides all this itself.
 
     Args:
         logits: z, [..., expert], the temperature applied.
         gating: the rule.
         tau: the threshold, a number or [..., 1], or None.
     """
+    if gating.routing_rule is not None:
+        return _registered(logits, gating.routing_rule, gating.top_k)
     z = jnp.abs(logits) if gating.scoring_func == "abs_softmax" else logits
     is_softmax = "softmax" in gating.scoring_func
     scores = _SCORES[gating.scoring_func](z)
@@ -82,6 +87,16 @@ def route(logits: jax.Array, gating: Gating, tau: jax.Array | float | None = Non
         if gating.norm_topk_prob:
             total = jnp.sum(gates, axis=-1, keepdims=True)
             gates = jnp.where(total > 0, gates / jnp.where(total > 0, total, 1.0), 0.0)
+    return RouterOutput(logits, scores, kept, gates)
+
+
+def _registered(logits: jax.Array, rule: Any, top_k: int | None) -> RouterOutput:
+    """What a registered routing decides. Gates of a token that keeps more than top_k are nan: whole feed-forward blocks
+    run for top_k experts alone, and would leave the others out."""
+    scores, gates = decision(rule, "jax", logits, top_k)
+    kept = gates != 0
+    if top_k is not None:
+        gates = jnp.where(jnp.sum(kept, axis=-1, keepdims=True) > top_k, jnp.nan, gates)
     return RouterOutput(logits, scores, kept, gates)
 
 

@@ -37,7 +37,7 @@ _TEMPLATE = """---
 Base model: `{base}`. Format: moe-lora native, version {version}. {experts} experts of rank {r}.
 
 ## Load
-
+{needs}
 PyTorch:
 
 ```bash
@@ -98,6 +98,10 @@ _NOT_IN_VLLM = """vLLM cannot serve it:
 {problems}
 """
 _ASK = "`moe-lora inspect` says what vLLM needs to serve it, or why it cannot.\n"
+_NEEDS = """
+The routing `{name}` (version {version}) is no part of moe-lora: first install the package that registers it, or import
+its module, `{module}`.
+"""
 _HERE = "path/to/this/directory"
 _SEAL = re.compile(r"<!-- card ([0-9a-f]{8}): [^\n]* -->\s*\Z")
 GENERATION_CONFIG = "generation_config.json"
@@ -192,10 +196,18 @@ def model_card(
         serving=_serving(config, tensors, base_id),
         training=_TRAINING.format(words=training) if training else "",
         contents=_contents(config, tensors) if tensors else "",
+        needs=_needs(config),
         ends=_ENDS.format(ids=list(end_ids)) if end_ids else "",
         versions=", ".join(f"{name} {found}" for name, found in _versions()),
     )
     return f"{text}\n<!-- card {_sum(text + chr(10))}: without this line no save replaces it -->\n"
+
+
+def _needs(config: MoeLoraConfig) -> str:
+    """What loading takes beside this package."""
+    return (
+        "" if config.routing is None else _NEEDS.format(module=type(config.routing_rule).__module__, **config.routing)
+    )
 
 
 def _naming(metadata: str, known: HubName | None) -> str:

@@ -11,6 +11,7 @@ The forward pass that a config describes, for a target linear layer W0 with expe
              and all where H > entropy_threshold, H = (1 - sum_e P_e^q) / (1 - E^(1-q)), or, q being 1,
              -sum_e P_e log P_e / log E;  P = p + entropy_eps, q = entropy_index
     g      = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob
+    p, g   = f(z, top_k)  with a registered routing f, in the place of the three lines before (`config.routings`)
     y      = W0 x + sum_e routed_scaling_factor * g_e * s_e * B_e A_e x
     s_e    = lora_alpha_e / r_e, or lora_alpha_e / sqrt(r_e) with use_rslora
 
@@ -33,11 +34,9 @@ Where the router stands (`scope`), what it reads (`router_input`) and what is mi
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from moe_lora_interop.config.allowed import (
     ALPHA,
@@ -56,6 +55,7 @@ from moe_lora_interop.config.allowed import (
     PROBABILITY,
     RANK,
     RANK_PATTERN,
+    ROUTING,
     TARGETS,
     TEXT,
     TOP_K_PATTERN,
@@ -67,8 +67,11 @@ from moe_lora_interop.config.allowed import (
     since,
 )
 from moe_lora_interop.config.combinations import clashes
+from moe_lora_interop.config.json_values import as_json
+from moe_lora_interop.config.module_config import ModuleConfig, one_per_expert
 from moe_lora_interop.config.patterns import first_match, pattern_for
 from moe_lora_interop.config.presets import PRESETS, SHARE
+from moe_lora_interop.config.routing_rule import routing_dict, rule_of
 from moe_lora_interop.config.targets import Targets
 from moe_lora_interop.errors import ConfigError, did_you_mean, expected
 
@@ -147,6 +150,9 @@ class MoeLoraConfig:
         entropy_index: q of H, which is Tsallis' entropy; 1 is Shannon's.
         entropy_eps: added to every p in H.
         norm_topk_prob: divide the kept weights by their sum; if nothing is kept the delta is zero.
+        routing: a rule of one's own in the place of scoring_func, threshold, top_p, entropy_threshold and
+            norm_topk_prob: an object of a class that `moe_lora_interop.register_routing` has registered, or what is
+            saved of it, {"name": ..., "version": ..., its fields}, which is also what the config then holds.
         routed_scaling_factor: multiplies every weight of a routed module.
         lora_dropout: dropout on the experts' input, in training.
         expert_dropout: dropout on the gates (kept ones scaled by 1/(1-p)), in training.
@@ -209,6 +215,7 @@ class MoeLoraConfig:
     entropy_index: float = field(default=1.0, metadata=since(2, POSITIVE))
     entropy_eps: float = field(default=0.0, metadata=since(2, FRACTION))
     norm_topk_prob: bool = field(default=True, metadata=BOOL)
+    routing: Any = field(default=None, metadata=since(2, optional(ROUTING)))
     routed_scaling_factor: float = field(default=1.0, metadata=POSITIVE)
 
     lora_dropout: float = field(default=0.0, metadata=FRACTION)
@@ -229,6 +236,9 @@ class MoeLoraConfig:
     auto_mapping: dict[str, Any] | None = field(default=None, compare=False, metadata=optional(OBJECT))
     peft_version: str | None = field(default=None, compare=False, metadata=optional(TEXT))
 
+    routing_rule: ClassVar[Any] = None
+    """The registered rule that `routing` says, of each config; no field."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "format_version", max([1, *self._later().values()]))
         right: dict[str, Any] = {}
@@ -236,7 +246,7 @@ class MoeLoraConfig:
         for f in dataclasses.fields(self):
             words = f.metadata["words"]
             try:
-                value = _as_json(getattr(self, f.name))
+                value = as_json(getattr(self, f.name))
             except RecursionError:
                 problems.append(f"{f.name}: nested too deeply, expected {words}")
                 continue
@@ -245,7 +255,11 @@ class MoeLoraConfig:
                 right[f.name] = value
             else:
                 problems.append(f"{f.name}: found {value!r}, expected {words}")
-        problems += clashes(right)
+        rule, wrong = rule_of(right.get("routing"))
+        if rule is not None:
+            object.__setattr__(self, "routing_rule", rule)
+            object.__setattr__(self, "routing", routing_dict(rule))
+        problems += [*clashes(right), *wrong]
         if problems:
             raise ConfigError("invalid MoeLoraConfig", problems)
         if isinstance(self.target_modules, list):
@@ -268,10 +282,11 @@ class MoeLoraConfig:
     def gates_sum_to_one(self) -> bool:
         """Whether the gates of every token sum to 1, in training too.
 
-        That is with norm_topk_prob, and without threshold (nothing may be kept), scaling factor and expert_dropout.
+        That is with norm_topk_prob, and without threshold (nothing may be kept), scaling factor and expert_dropout. A
+        registered routing does not promise it.
         """
         is_scaled = self.routed_scaling_factor != 1 or self.expert_dropout > 0
-        return self.norm_topk_prob and self.threshold is None and not is_scaled
+        return self.norm_topk_prob and self.threshold is None and self.routing is None and not is_scaled
 
     def for_module(self, module: str) -> "ModuleConfig":
         """`for_modules` of one module."""
@@ -303,7 +318,7 @@ class MoeLoraConfig:
                 wrong.append(f"num_experts: found {experts}, expected {self.num_experts} (one router) or 1 (none)")
             problems += [f"{module}: {problem}" for problem in wrong]
             if not wrong:
-                ranks, alphas = (_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
+                ranks, alphas = (one_per_expert(own[name], experts) for name in ("r", "lora_alpha"))
                 most = None if self.keeps_more else own["top_k"]
                 found[module] = ModuleConfig(
                     experts, ranks, alphas, self.use_rslora, own["top_k"], most, self.shared_lora_A
@@ -348,7 +363,7 @@ class MoeLoraConfig:
         something."""
         later = {f.name for f in dataclasses.fields(self) if "version" in f.metadata and not f.metadata["values"]}
         names = [f.name for f in dataclasses.fields(self) if f.name not in later - self._later().keys()]
-        return {name: _as_json(getattr(self, name)) for name in names}
+        return {name: as_json(getattr(self, name)) for name in names}
 
     def semantic_dict(self) -> dict[str, Any]:
         """`to_dict` without the bookkeeping fields, which people edit by hand: what a digest covers."""
@@ -431,47 +446,3 @@ MoeLoraConfig.__init__ = _init_of_known  # type: ignore[method-assign]
 
 BOOKKEEPING = tuple(f.name for f in dataclasses.fields(MoeLoraConfig) if not f.compare)
 """Fields that PEFT writes for its own housekeeping: they do not change the function that the adapter computes."""
-
-
-@dataclass(frozen=True)
-class ModuleConfig:
-    """What the config says about one target module. `ranks` and `alphas` have one entry per expert; a token keeps at
-    least `top_k` and at most `most_kept` experts, null being all."""
-
-    num_experts: int
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    use_rslora: bool
-    top_k: int | None
-    most_kept: int | None
-    shared_lora_A: bool
-
-    @property
-    def rank(self) -> int:
-        """Size of the rank axis in memory; experts of smaller rank are zero-padded up to it."""
-        return max(self.ranks)
-
-    @property
-    def scalings(self) -> tuple[float, ...]:
-        """s_e = alpha_e / r_e, or alpha_e / sqrt(r_e) with use_rslora."""
-        return tuple(a / (math.sqrt(r) if self.use_rslora else r) for a, r in zip(self.alphas, self.ranks, strict=True))
-
-    @property
-    def has_router(self) -> bool:
-        """One expert needs no router: the module is plain LoRA."""
-        return self.num_experts > 1
-
-
-def _per_expert(value: Any, experts: int) -> tuple:
-    return tuple(value) if isinstance(value, list) else (value,) * experts
-
-
-def _as_json(value: Any) -> Any:
-    """A private copy in JSON's own types (tuples and sets become lists, enums their values)."""
-    if isinstance(value, Mapping):
-        return {str(k): _as_json(v) for k, v in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=str)
-    if isinstance(value, list | tuple):
-        return [_as_json(v) for v in value]
-    return str(value.value) if isinstance(value, Enum) else value

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NotRequired, TypedDict
 
+from moe_lora_interop.config.routing_rule import is_routing
+
 LARGEST = 2**16  # of ranks, experts, sizes: beyond any use, and small enough that nothing built from it explodes
 
 
@@ -105,6 +107,7 @@ TEXT = Allowed(holds=lambda v: isinstance(v, str), words="a string")
 NAME = Allowed(holds=_is_name, words="a name")
 NAME_PATTERN = Allowed(holds=lambda v: _is_name(v) and _is_regex(v), words="a name")
 TARGETS = Allowed(holds=_is_target, words="a list of module names or a regular expression")
+ROUTING = Allowed(holds=is_routing, words='a registered routing, {"name": name, "version": integer >= 1, its fields}')
 OBJECT = Allowed(holds=_is_object, words="a JSON object")
 FINITE = number("a finite number", lambda v: True)
 POSITIVE = number("a finite number > 0", lambda v: v > 0)

@@ -6,6 +6,20 @@ A rule takes the fields that it is about, by their names, and gives what is wron
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moe_lora_interop.config.routing_rule import refuses_top_k
+
+REPLACED = {
+    "scoring_func": "softmax",
+    "threshold": None,
+    "adaptive_threshold": False,
+    "top_p": None,
+    "entropy_threshold": None,
+    "entropy_index": 1,
+    "entropy_eps": 0,
+    "norm_topk_prob": True,
+}
+"""What a registered routing stands for, with the defaults."""
+
 
 def clashes(right: Mapping[str, Any]) -> list[str]:
     """What is wrong, one line for each rule.
@@ -58,6 +72,24 @@ def _of_routed(num_experts: int, num_experts_pattern: Mapping[str, int]) -> set[
     return {num_experts, *num_experts_pattern.values()} - {1}
 
 
+def _beside_what_it_replaces(
+    routing: Any,
+    scoring_func: str,
+    threshold: float | None,
+    adaptive_threshold: bool,
+    top_p: float | None,
+    entropy_threshold: float | None,
+    entropy_index: float,
+    entropy_eps: float,
+    norm_topk_prob: bool,
+) -> str | None:
+    found = {k: v for k, v in locals().items() if k in REPLACED and v != REPLACED[k]}
+    if routing is None or not found:
+        return None
+    words = ", ".join(f"{k} {v}" for k, v in found.items())
+    return f"found together with {words}, which it replaces; expected {', '.join(found)} at the default"
+
+
 COMBINATIONS: tuple[Callable[..., Any], ...] = (
     # experts and how they are selected
     lambda top_k, num_experts: (
@@ -98,6 +130,11 @@ COMBINATIONS: tuple[Callable[..., Any], ...] = (
         and not _selects(top_k, top_k_pattern)
         and "found false with a dense softmax or sparsemax, whose weights sum to 1 anyway; expected true, top_k or "
         "threshold"
+    ),
+    _beside_what_it_replaces,
+    lambda top_k, top_k_pattern, routing: (
+        (_selects(top_k, top_k_pattern) and refuses_top_k(routing))
+        and f"found {top_k}, {top_k_pattern} by module, with a routing that takes no top_k; expected null"
     ),
     # target modules
     lambda layers_to_transform, target_modules: _beside_a_string(layers_to_transform, target_modules),

@@ -1,8 +1,9 @@
 """A routing rule in words."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.routing_rule import rule_in_words
 
 
 class GatesRule(Protocol):
@@ -28,6 +29,8 @@ class GatesRule(Protocol):
     def norm_topk_prob(self) -> bool: ...
     @property
     def routed_scaling_factor(self) -> float: ...
+    @property
+    def routing_rule(self) -> Any: ...
 
 
 def routing_in_words(config: MoeLoraConfig) -> str:
@@ -52,6 +55,9 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
     Args:
         by_module: added to what is kept, where that differs by module.
     """
+    factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
+    if rule.routing_rule is not None:
+        return f"gates by {rule_in_words(rule.routing_rule, rule.top_k)}{by_module}{factor}"
     scores = {"abs_softmax": "softmax(|z|)", "identity": "z"}.get(rule.scoring_func, f"{rule.scoring_func}(z)")
     if rule.top_k is not None:
         kept = f"the {rule.top_k} largest"
@@ -67,5 +73,4 @@ def gates_in_words(rule: GatesRule, by_module: str = "") -> str:
         eps = f" of p + {rule.entropy_eps:g}" if rule.entropy_eps else ""
         kept += f", all where the entropy H_{rule.entropy_index:g}{eps} is above {rule.entropy_threshold:g}"
     norm = ", divided by their sum" if rule.norm_topk_prob else ", not renormalised"
-    factor = "" if rule.routed_scaling_factor == 1 else f", times {rule.routed_scaling_factor:g}"
     return f"p = {scores}, keep {kept}{by_module}{norm}{factor}"

@@ -60,7 +60,7 @@ def last_bias_problem(config: MoeLoraConfig, layer: str) -> str | None:
     """Why the last layer of a block of experts cannot have a bias b, or None: sum g_e b = b if the gates sum to 1."""
     if config.gates_sum_to_one:
         return None
-    wanted = "norm_topk_prob without threshold, scaling factor or expert_dropout"
+    wanted = "norm_topk_prob without threshold, registered routing, scaling factor or expert_dropout"
     return f"{layer}: has a bias, so the gates must sum to 1; expected {wanted}"
 
 

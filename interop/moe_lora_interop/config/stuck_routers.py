@@ -8,7 +8,7 @@ from moe_lora_interop.config.adapter_config import MoeLoraConfig
 
 def stuck_routers(config: MoeLoraConfig, modules: Iterable[str]) -> list[str]:
     """Those of `modules` whose router keeps one expert and renormalises: its gate is always 1, whatever the logits."""
-    if not config.norm_topk_prob or config.adaptive_threshold:
+    if not config.norm_topk_prob or config.adaptive_threshold or config.routing is not None:
         return []
     return [m for m, sizes in config.for_modules(modules).items() if sizes.has_router and sizes.most_kept == 1]
 

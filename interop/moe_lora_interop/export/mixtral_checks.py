@@ -74,6 +74,7 @@ def adapter_problems(adapter: Adapter) -> list[str]:
             c.entropy_threshold is not None,
             f"entropy_threshold: found {c.entropy_threshold}, expected null: Mixtral selects by top-k alone",
         ),
+        (c.routing is not None, f"routing: found {c.routing}, expected null: Mixtral has only a softmax and top-k"),
         (c.scoring_func != "softmax", f"scoring_func: found {c.scoring_func}, expected softmax"),
         (
             c.temperature_hidden_size is not None,

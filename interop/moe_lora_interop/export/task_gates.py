@@ -6,6 +6,7 @@ import numpy as np
 
 from moe_lora_interop.checkpoint.adapter import Adapter
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.routing_rule import decision
 from moe_lora_interop.errors import ConfigError
 
 
@@ -23,7 +24,17 @@ def compute_gates(
         config: the rule; its own top_k is not looked at, as modules may differ.
         top_k: experts kept; of equal ones the first. None keeps all.
         tau: threshold on p that broadcasts to `logits`; None is config.threshold.
+
+    Raises:
+        ConfigError: a registered routing without a function for numpy, or one that keeps more than top_k.
     """
+    if config.routing_rule is not None:
+        _, gates = decision(config.routing_rule, "numpy", logits, top_k)
+        if top_k is not None and (most := np.count_nonzero(gates, axis=-1).max(initial=0)) > top_k:
+            raise ConfigError(
+                "no gates", [f"routing: keeps {most} experts of a token, expected at most top_k = {top_k}"]
+            )
+        return gates * config.routed_scaling_factor
     z = np.abs(logits) if config.scoring_func == "abs_softmax" else logits
     if config.scoring_func == "sigmoid":
         score = np.exp(-np.logaddexp(0.0, -z))
@@ -44,6 +55,10 @@ def compute_gates(
         keep &= score >= threshold
     kept = score - threshold if config.adaptive_threshold and threshold is not None else score
     weights = np.where(keep, kept, 0.0)
+    if config.norm_topk_prob and config.scoring_func == "sigmoid" and not config.adaptive_threshold:
+        log_p = np.where(keep, -np.logaddexp(0.0, -z), -np.inf)  # all p may be too small for a float
+        largest = log_p.max(axis=-1, keepdims=True)
+        weights = np.exp(log_p - np.where(np.isfinite(largest), largest, 0.0))
     if config.norm_topk_prob:
         total = weights.sum(axis=-1, keepdims=True)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)

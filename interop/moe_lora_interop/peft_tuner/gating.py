@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
+from moe_lora_interop.config.routing_rule import decision
 
 
 class RouterOutput(NamedTuple):
@@ -29,11 +30,12 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         p     = softmax(z) | softmax(|z|) | sigmoid(z) | z | sparsemax(z)
         keep  = all | the top_k largest p (ties: the lower expert wins) | p >= tau
                 with top_p and entropy_threshold more, as `moe_lora_interop.config` says it
-        gates = softmax of z (or |z|) over the kept logits     softmax scores, norm_topk_prob, no adaptive threshold
+        gates = softmax of log p over the kept     norm_topk_prob, no adaptive threshold, no sparsemax (whose p are 0)
               = p (minus tau if adaptive) where kept, else 0; divided by its sum if norm_topk_prob      otherwise
 
     The first form equals the second in exact arithmetic, but gives exact zeros as gradients where they are zero
     (renormalised top-1), which an optimizer like Adam would otherwise inflate. A token with nothing kept gets zeros.
+    A registered routing decides all this itself.
 
     Args:
         logits: z, [token, expert], the temperature applied.
@@ -41,6 +43,8 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         top_k: of this module, or None.
         tau: the threshold, a number or [token, 1], or None.
     """
+    if config.routing_rule is not None:
+        return _registered(logits, config.routing_rule, top_k)
     # |z| by selection: its derivative at 0 is 1, as jax.numpy.abs has it, where torch.abs has 0
     z = torch.where(logits >= 0, logits, -logits) if config.scoring_func == "abs_softmax" else logits
     is_softmax = "softmax" in config.scoring_func
@@ -57,9 +61,10 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
             kept = kept | (entropy > config.entropy_threshold)
     else:
         kept = torch.ones_like(scores, dtype=torch.bool) if tau is None else scores >= tau
-    if is_softmax and config.norm_topk_prob and not config.adaptive_threshold:
+    if config.norm_topk_prob and not config.adaptive_threshold and config.scoring_func != "sparsemax":
+        log_p = z if is_softmax else torch.nn.functional.logsigmoid(z)  # softmax needs no log: p ~ exp(z)
         # the lowest finite number, not -inf: a row without any kept expert must not become NaN, nor its gradient
-        gates = z.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1)
+        gates = log_p.masked_fill(~kept, torch.finfo(z.dtype).min).softmax(-1)
         gates = gates if tau is None else gates * kept
     else:
         weights = scores - tau if config.adaptive_threshold and tau is not None else scores
@@ -67,6 +72,16 @@ def route(logits: Tensor, config: MoeLoraConfig, top_k: int | None, tau: Tensor 
         if config.norm_topk_prob:
             total = gates.sum(-1, keepdim=True)
             gates = gates / torch.where(total > 0, total, 1.0)
+    return RouterOutput(logits, scores, kept, gates)
+
+
+def _registered(logits: Tensor, rule: Any, top_k: int | None) -> RouterOutput:
+    """What a registered routing decides. Gates of a token that keeps more than top_k are nan: whole feed-forward blocks
+    run for top_k experts alone, and would leave the others out."""
+    scores, gates = decision(rule, "torch", logits, top_k)
+    kept = gates != 0
+    if top_k is not None:
+        gates = torch.where(kept.sum(-1, keepdim=True) > top_k, torch.nan, gates)
     return RouterOutput(logits, scores, kept, gates)
 
 

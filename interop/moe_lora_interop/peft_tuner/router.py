@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moe_lora_interop.config.adapter_config import ModuleConfig, MoeLoraConfig
+from moe_lora_interop.config.routing_rule import function_of
 from moe_lora_interop.peft_tuner.gating import RouterOutput, route
 from moe_lora_interop.peft_tuner.offload import take_back
 from moe_lora_interop.peft_tuner.refusals import MERGE_REFUSAL, NO_VALUE
@@ -80,8 +81,13 @@ class MoeLoraLayer(nn.Module, BaseTunerLayer):
         Args:
             in_features: width of the router's input.
             layers: routed layers that get logits of their own (a layerwise router).
+
+        Raises:
+            ConfigError: a registered routing without a function for PyTorch.
         """
         config, module = self.moe_lora_config[adapter_name], self.moe_lora_module_config[adapter_name]
+        if config.routing_rule is not None:
+            function_of(config.routing_rule, "torch")
         logits = module.num_experts * config.n_splits * layers
         kwargs: Any = {"dtype": dtype, "device": device}
         if config.router_input == "task":
