@@ -52,6 +52,7 @@ ONLY_INERT: Mapping[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (None,),
     "clip_qkv": (None,),
     "use_qk_norm": (None, False),
+    "lm_head_bias": (None, False),
     "mlp_bias": (False, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),

@@ -30,11 +30,15 @@ _OF_QUERIES = ("llama_4_scaling_beta", "original_max_position_embeddings", "max_
 
 def read_ropes(fields: Fields, family: Family, head_dim: int) -> dict[str, RopeConfig]:
     """The rotary parameters of each attention kind. Problems go to `fields`."""
-    return {kind: _read_kind(fields, family, kind, head_dim) for kind in (FULL, SLIDING)}
+    ropes = {}
+    for kind in (FULL, SLIDING):
+        own = Fields(fields.stated, fields.values)
+        ropes[kind] = _read_kind(own, family, kind, head_dim)
+        fields.problems += [problem for problem in own.problems if problem not in fields.problems]
+    return ropes
 
 
 def _read_kind(fields: Fields, family: Family, kind: str, head_dim: int) -> RopeConfig:
-    known = len(fields.problems)
     where, table = _stated_table(fields, family, kind)
     stated_type = table.get("rope_type") or table.get("type") or "default"
     if not isinstance(stated_type, str) or stated_type not in family.rope_types:
@@ -71,7 +75,7 @@ def _read_kind(fields: Fields, family: Family, kind: str, head_dim: int) -> Rope
         for name in ("rope_theta", "original_max_position_embeddings"):
             if is_positive_number(numbers[name]) and numbers[name] <= 1:
                 fields.refuse(f"{where}.{name}", f"found {numbers[name]!r}, expected more than 1")
-    if len(fields.problems) > known:
+    if fields.problems:
         return RopeConfig(theta=1.0)
 
     if rope_type == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
