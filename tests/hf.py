@@ -81,7 +81,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # of the families that came later: tests/test_models_families.py looks at them all at once
-LATER: dict[str, tuple[str, dict[str, Any]]] = {}
+LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", dict(head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0)),
+    "gemma_biases": ("Gemma", dict(head_dim=8, attention_bias=True, hidden_act="relu", pad_token_id=0)),
+}
 
 
 def make_model(case: str, *, seed: int = 0, **overrides: Any) -> torch.nn.Module:

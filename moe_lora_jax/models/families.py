@@ -235,4 +235,22 @@ FAMILIES: Mapping[str, Family] = {
         rope_per_kind=True,
         local_theta_field="rope_local_base_freq",
     ),
+    "GemmaForCausalLM": Family(
+        model_type="gemma",
+        defaults={
+            **_COMMON,
+            "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "max_position_embeddings": 8192,
+        },
+        layer_types=_all_full,
+        inert={"hidden_activation": (None, "gelu_pytorch_tanh")},
+        activations={"gelu": "gelu_pytorch_tanh"},
+        norm="rms_plus_one",
+        scales_embeddings=True,
+    ),
 }
