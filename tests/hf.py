@@ -84,6 +84,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 LATER: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", dict(head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0)),
     "gemma_biases": ("Gemma", dict(head_dim=8, attention_bias=True, hidden_act="relu", pad_token_id=0)),
+    "granite": (
+        "Granite",
+        dict(embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=0.6, logits_scaling=3),
+    ),
+    "granite_biases": (
+        "Granite",
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16),
+    ),
 }
 
 

@@ -182,6 +182,7 @@ _GEMMA = {
 }
 _WINDOW = frozenset({"sliding_window"})
 _GEMMA_READS = _WINDOW | {"layer_types", "query_pre_attn_scalar", "final_logit_softcapping"}
+_MULTIPLIERS = frozenset({"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"})
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -252,5 +253,16 @@ FAMILIES: Mapping[str, Family] = {
         activations={"gelu": "gelu_pytorch_tanh"},
         norm="rms_plus_one",
         scales_embeddings=True,
+    ),
+    "GraniteForCausalLM": Family(
+        model_type="granite",
+        defaults={
+            **_COMMON,
+            **dict.fromkeys(_MULTIPLIERS, 1.0),
+            "eos_token_id": 2,
+            "max_position_embeddings": 2048,
+        },
+        layer_types=_all_full,
+        reads=_MULTIPLIERS | {"mlp_bias"},
     ),
 }
