@@ -92,6 +92,20 @@ LATER: dict[str, tuple[str, dict[str, Any]]] = {
         "Granite",
         dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16),
     ),
+    "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2, tie_word_embeddings=True, pad_token_id=0)),
+    "smollm3_windows": (
+        "SmolLM3",
+        dict(
+            num_hidden_layers=3,
+            no_rope_layers=[0, 1, 1],
+            use_sliding_window=True,
+            sliding_window=5,
+            attention_bias=True,
+            mlp_bias=True,
+            head_dim=16,
+            pad_token_id=0,
+        ),
+    ),
 }
 
 

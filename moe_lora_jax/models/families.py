@@ -152,6 +152,25 @@ def _every_nth_full(nth: int) -> Callable[[Fields, int], tuple[str, ...]]:
     return layer_types
 
 
+def _rotated_by_layer(fields: Fields, kinds: Sequence[str]) -> tuple[bool, ...]:
+    """SmolLM3: as `no_rope_layers` says, 0 where a layer is not rotated, or else each `no_rope_layer_interval`th."""
+    stated = fields.get("no_rope_layers")
+    if stated is None:
+        nth = fields.integer("no_rope_layer_interval")
+        return tuple((layer + 1) % nth != 0 for layer in range(len(kinds)))
+    if not isinstance(stated, list | tuple) or len(stated) < len(kinds) or any(flag not in (0, 1) for flag in stated):
+        fields.refuse("no_rope_layers", f"found {stated!r}, expected 0 or 1 for each of {len(kinds)} layers")
+        return (True,) * len(kinds)
+    return tuple(bool(flag) for flag in stated[: len(kinds)])
+
+
+def _sliding_if_not_rotated(fields: Fields, layers: int) -> tuple[str, ...]:
+    """SmolLM3: layers without rotation slide, and only when `use_sliding_window`."""
+    windowed = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
+    rotated = _rotated_by_layer(fields, (FULL,) * layers)
+    return tuple(SLIDING if windowed and not turns else FULL for turns in rotated)
+
+
 _COMMON: Mapping[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -264,5 +283,23 @@ FAMILIES: Mapping[str, Family] = {
         },
         layer_types=_all_full,
         reads=_MULTIPLIERS | {"mlp_bias"},
+    ),
+    "SmolLM3ForCausalLM": Family(
+        model_type="smollm3",
+        defaults={
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "use_sliding_window": False,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 32768,
+            "pad_token_id": 128004,
+            "eos_token_id": 128001,
+        },
+        layer_types=_sliding_if_not_rotated,
+        rotated=_rotated_by_layer,
+        reads=_WINDOW | {"layer_types", "no_rope_layers", "no_rope_layer_interval", "mlp_bias"},
+        rope_theta={FULL: 2e6, SLIDING: 2e6},
     ),
 }
