@@ -106,6 +106,8 @@ LATER: dict[str, tuple[str, dict[str, Any]]] = {
             pad_token_id=0,
         ),
     ),
+    "olmo2": ("Olmo2", dict(pad_token_id=1)),
+    "olmo2_biases": ("Olmo2", dict(attention_bias=True, tie_word_embeddings=True, head_dim=16, pad_token_id=1)),
 }
 
 

@@ -33,6 +33,7 @@ class LayerNorms(NamedTuple):
 _ATTENTION, _FEED_FORWARD = "post_attention_layernorm", "post_feedforward_layernorm"
 # Llama calls the norm BEFORE its feed-forward block `post_attention_layernorm`.
 BEFORE = LayerNorms("input_layernorm", None, _ATTENTION, None)
+AFTER = LayerNorms(None, _ATTENTION, None, _FEED_FORWARD)
 AROUND = LayerNorms("input_layernorm", _ATTENTION, "pre_feedforward_layernorm", _FEED_FORWARD)
 
 
@@ -202,6 +203,7 @@ _GEMMA = {
 _WINDOW = frozenset({"sliding_window"})
 _GEMMA_READS = _WINDOW | {"layer_types", "query_pre_attn_scalar", "final_logit_softcapping"}
 _MULTIPLIERS = frozenset({"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"})
+_OLMO = {**_COMMON, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "pad_token_id": 1, "eos_token_id": 50279}
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
@@ -301,5 +303,13 @@ FAMILIES: Mapping[str, Family] = {
         rotated=_rotated_by_layer,
         reads=_WINDOW | {"layer_types", "no_rope_layers", "no_rope_layer_interval", "mlp_bias"},
         rope_theta={FULL: 2e6, SLIDING: 2e6},
+    ),
+    "Olmo2ForCausalLM": Family(
+        model_type="olmo2",
+        defaults=_OLMO,
+        layer_types=_all_full,
+        qk_norm="width",
+        norms=AFTER,
+        norm="rms_wide",
     ),
 }
