@@ -32,6 +32,14 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=4.0,
+    beta_slow=1.0,
+)
 
 
 def default_rope(theta: float) -> dict[str, Any]:
@@ -108,6 +116,20 @@ LATER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", dict(pad_token_id=1)),
     "olmo2_biases": ("Olmo2", dict(attention_bias=True, tie_word_embeddings=True, head_dim=16, pad_token_id=1)),
+    "olmo3": ("Olmo3", dict(num_hidden_layers=4, sliding_window=5, pad_token_id=1)),
+    "olmo3_yarn": (
+        "Olmo3",
+        dict(
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=5,
+            num_key_value_heads=4,
+            pad_token_id=1,
+            rope_parameters={
+                "full_attention": {**YARN_ROPE, "attention_factor": 1.3},
+                "sliding_attention": default_rope(1e4),
+            },
+        ),
+    ),
 }
 
 

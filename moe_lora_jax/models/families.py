@@ -312,4 +312,16 @@ FAMILIES: Mapping[str, Family] = {
         norms=AFTER,
         norm="rms_wide",
     ),
+    "Olmo3ForCausalLM": Family(
+        model_type="olmo3",
+        defaults={**_OLMO, "sliding_window": 4096},
+        layer_types=_every_nth_full(4),
+        reads=_WINDOW | {"layer_types"},
+        inert={"sliding_window_pattern": (None, 4)},
+        qk_norm="width",
+        norms=AFTER,
+        norm="rms_wide",
+        rope_theta={FULL: 5e5, SLIDING: 5e5},
+        rope_per_kind=True,
+    ),
 }
