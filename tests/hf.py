@@ -130,6 +130,34 @@ LATER: dict[str, tuple[str, dict[str, Any]]] = {
             },
         ),
     ),
+    "ministral3": (
+        "Ministral3",
+        dict(
+            head_dim=16,
+            pad_token_id=0,
+            rope_parameters={
+                **YARN_ROPE,
+                "original_max_position_embeddings": 6,
+                "mscale": 1.5,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.7,
+            },
+        ),
+    ),
+    "ministral3_window": (
+        "Ministral3",
+        dict(
+            sliding_window=5,
+            head_dim=8,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            rope_parameters={
+                **default_rope(1e4),
+                "original_max_position_embeddings": 10,
+                "llama_4_scaling_beta": 0.7,
+            },
+        ),
+    ),
 }
 
 
