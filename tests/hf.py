@@ -158,6 +158,25 @@ LATER: dict[str, tuple[str, dict[str, Any]]] = {
             },
         ),
     ),
+    "phi3": ("Phi3", dict(pad_token_id=0)),
+    "phi3_longrope": (
+        "Phi3",
+        dict(
+            tie_word_embeddings=True,
+            sliding_window=20,
+            hidden_size=64,
+            pad_token_id=0,
+            max_position_embeddings=128,
+            original_max_position_embeddings=24,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+            },
+        ),
+    ),
 }
 
 

@@ -351,4 +351,21 @@ FAMILIES: Mapping[str, Family] = {
         },
         scales_queries=True,
     ),
+    "Phi3ForCausalLM": Family(
+        model_type="phi3",
+        defaults={
+            **_COMMON,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+            "eos_token_id": 32000,
+        },
+        layer_types=_all_sliding_if_window,
+        reads=_WINDOW | {"partial_rotary_factor"},
+        attention_bias=(False, False),
+        inert={"full_attn_mod": (None, 1)},
+        fused=True,
+        rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+    ),
 }
