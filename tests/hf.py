@@ -177,6 +177,20 @@ LATER: dict[str, tuple[str, dict[str, Any]]] = {
             },
         ),
     ),
+    "cohere2": (
+        "Cohere2",
+        dict(num_hidden_layers=4, sliding_window=5, tie_word_embeddings=True, logit_scale=0.3, pad_token_id=0),
+    ),
+    "cohere2_biases": (
+        "Cohere2",
+        dict(
+            attention_bias=True,
+            logit_scale=0.4,
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=5,
+            pad_token_id=0,
+        ),
+    ),
 }
 
 

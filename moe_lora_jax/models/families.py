@@ -34,6 +34,7 @@ _ATTENTION, _FEED_FORWARD = "post_attention_layernorm", "post_feedforward_layern
 # Llama calls the norm BEFORE its feed-forward block `post_attention_layernorm`.
 BEFORE = LayerNorms("input_layernorm", None, _ATTENTION, None)
 AFTER = LayerNorms(None, _ATTENTION, None, _FEED_FORWARD)
+SHARED = LayerNorms("input_layernorm", None, None, None, shared=True)
 AROUND = LayerNorms("input_layernorm", _ATTENTION, "pre_feedforward_layernorm", _FEED_FORWARD)
 
 
@@ -170,6 +171,10 @@ def _sliding_if_not_rotated(fields: Fields, layers: int) -> tuple[str, ...]:
     windowed = fields.flag("use_sliding_window") and fields.get("sliding_window") is not None
     rotated = _rotated_by_layer(fields, (FULL,) * layers)
     return tuple(SLIDING if windowed and not turns else FULL for turns in rotated)
+
+
+def _rotated_if_sliding(fields: Fields, kinds: Sequence[str]) -> tuple[bool, ...]:
+    return tuple(kind == SLIDING for kind in kinds)
 
 
 _COMMON: Mapping[str, Any] = {
@@ -367,5 +372,30 @@ FAMILIES: Mapping[str, Family] = {
         inert={"full_attn_mod": (None, 1)},
         fused=True,
         rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
+    ),
+    "Cohere2ForCausalLM": Family(
+        model_type="cohere2",
+        defaults={
+            **_COMMON,
+            "layer_norm_eps": 1e-5,
+            "logit_scale": 0.0625,
+            "sliding_window": 4096,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 255001,
+        },
+        layer_types=_every_nth_full(4),
+        rotated=_rotated_if_sliding,
+        reads=_WINDOW | {"layer_types", "logit_scale"},
+        inert={
+            "use_parallel_block": (None, True),
+            "use_gated_activation": (None, True),
+            "position_embedding_type": (None, "rope_gptj"),
+            "rotary_pct": (None, 1),
+        },
+        norms=SHARED,
+        norm="layer",
+        norm_eps_field="layer_norm_eps",
+        rope_pairs=True,
     ),
 }
