@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,28 @@ import torch
 import transformers
 from flax import nnx
 from safetensors.numpy import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models import DecoderConfig, load_base_model
 from moe_lora_jax.models.attending import chunked
-from tests.hf import LATER, VOCAB, YARN_ROPE, Saved, default_rope, make_model
+from moe_lora_jax.models.rope import inverse_frequencies
+from moe_lora_jax.models.support import families
+from tests.hf import LATER, LLAMA3_ROPE, VOCAB, YARN_ROPE, Saved, default_rope, make_model
 
 LENGTH = 24
+SIZES = dict(
+    vocab_size=8,
+    hidden_size=32,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    head_dim=32,
+)
 # Gates of all experts, from small routers: where they are close or steep, float32 is 1e-3 off the float64 logits in
 # either framework (tests/test_parity.py has selections and steep routers)
 MIXTURE = {"r": 2, "lora_alpha": 1, "num_experts": 3, "init_lora_weights": False, "target_modules": "all-linear"}
@@ -93,6 +107,55 @@ def test_logits_equal_transformers_in_every_way_of_computing_them(case, saved, m
     packed = np.asarray(plain(row, segment_ids=segments))[0]
     for found, alone in zip(np.split(packed[:22], [9]), (wanted[0, :9], wanted[1, :13]), strict=True):
         assert off(found, alone, slice(None)) < 2e-5
+
+
+ROPES = [
+    dict(YARN_ROPE, truncate=False),
+    dict(YARN_ROPE, beta_fast=None, beta_slow=None, factor=0.5),
+    dict(YARN_ROPE, mscale=0.7),
+    dict(YARN_ROPE, mscale=0.7, mscale_all_dim=1.2, original_max_position_embeddings=4096),
+    dict(YARN_ROPE, beta_fast=4.0, beta_slow=4.0, rope_theta=1e6),
+    dict(LLAMA3_ROPE, original_max_position_embeddings=None),
+]
+LONG = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0, 2.0, 2.5, 9.0], long_factor=[1.0, 4.0, 5.0, 6.5])
+
+
+def rope_of(**config):
+    return DecoderConfig.from_hf({**SIZES, **config}).layer_ropes[0]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_scaled_frequencies_are_those_of_transformers(rope):
+    rope = {name: value for name, value in rope.items() if value is not None}
+    theirs = transformers.LlamaConfig(**SIZES, rope_parameters=dict(rope))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs)
+    ours = rope_of(architectures=["LlamaForCausalLM"], rope_parameters=rope)
+    np.testing.assert_allclose(inverse_frequencies(ours, 32), frequencies, rtol=5e-7)
+    assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("more", [{}, {"factor": 3.0}, {"factor": 0.5}, {"attention_factor": 1.7}, {"rope_type": "su"}])
+def test_longrope_is_that_of_transformers(more):
+    rope = {**LONG, **more, "original_max_position_embeddings": 16}
+    sizes = {"head_dim": 16, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16}
+    theirs = transformers.Phi3Config(**{**SIZES, **sizes, "hidden_size": 64}, rope_parameters=dict(rope))
+    ours = rope_of(**sizes, architectures=["Phi3ForCausalLM"], rope_parameters=rope)
+    for beyond in (False, True):
+        frequencies, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, seq_len=17 if beyond else 16)
+        np.testing.assert_allclose(inverse_frequencies(ours, 16, beyond=beyond), frequencies, rtol=5e-7)
+        assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_the_readme_names_every_family():
+    words = re.findall(r"\w+", (Path(__file__).parent.parent / "README.md").read_text())
+    assert set(families()) <= set(words)
+    done = subprocess.run([sys.executable, "-m", "moe_lora_jax.models"], capture_output=True, text=True, check=True)
+    rows = done.stdout.splitlines()[2:]
+    assert len(rows) == len(families())
+    assert "| `phi3` | `qkv_proj` and `gate_up_proj`" in done.stdout
+    assert [row.split(" | ")[1] for row in rows if row.endswith("| splash, none |")] == ["`gemma2`"]  # its softcap
+    types = {f"`{getattr(transformers, f'{name}Config').model_type}`" for name, _ in LATER.values()}
+    assert types <= {row.split(" | ")[1] for row in rows}
 
 
 def test_what_the_cases_vary_makes_a_difference(saved):
