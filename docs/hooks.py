@@ -10,6 +10,7 @@ import tyro
 
 from moe_lora_interop.cli.convert import describe
 from moe_lora_interop.dialects.registry import file_dialects
+from moe_lora_jax.models.support import support_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,10 +43,15 @@ def layouts(_):
     return "\n".join(rows)
 
 
+def families(_):
+    """The table of base models."""
+    return support_table()
+
+
 def file(path):
     """Another file of the repository, without its title and its pictures."""
     text = (ROOT / path).read_text("utf-8").split("\n", 1)[1]
     return re.sub(r"^!\[.*\n", "", text, flags=re.MULTILINE)
 
 
-BLOCKS = {"commands": commands, "layouts": layouts, "file": file}
+BLOCKS = {"commands": commands, "layouts": layouts, "families": families, "file": file}

@@ -29,6 +29,8 @@ RULES: Rules = (
     (r".*\.(q|k|v|gate|up)_proj\.kernel", PartitionSpec("fsdp", "tensor")),
     (r".*\.(q|k|v|gate|up)_proj\.bias", PartitionSpec("tensor")),
     (r".*\.(o|down)_proj\.kernel", PartitionSpec("tensor", "fsdp")),
+    # "tensor" would cut through q, k and v that one kernel makes, and devices would exchange activations
+    (r".*\.(qkv|gate_up)_proj\.kernel", PartitionSpec("fsdp")),
 )
 
 

@@ -32,6 +32,14 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=4.0,
+    beta_slow=1.0,
+)
 
 
 def default_rope(theta: float) -> dict[str, Any]:
@@ -80,10 +88,115 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# of the families that came later: tests/test_models_families.py looks at them all at once
+LATER: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", dict(head_dim=16, num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0)),
+    "gemma_biases": ("Gemma", dict(head_dim=8, attention_bias=True, hidden_act="relu", pad_token_id=0)),
+    "granite": (
+        "Granite",
+        dict(embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=0.6, logits_scaling=3),
+    ),
+    "granite_biases": (
+        "Granite",
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16),
+    ),
+    "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2, tie_word_embeddings=True, pad_token_id=0)),
+    "smollm3_windows": (
+        "SmolLM3",
+        dict(
+            num_hidden_layers=3,
+            no_rope_layers=[0, 1, 1],
+            use_sliding_window=True,
+            sliding_window=5,
+            attention_bias=True,
+            mlp_bias=True,
+            head_dim=16,
+            pad_token_id=0,
+        ),
+    ),
+    "olmo2": ("Olmo2", dict(pad_token_id=1)),
+    "olmo2_biases": ("Olmo2", dict(attention_bias=True, tie_word_embeddings=True, head_dim=16, pad_token_id=1)),
+    "olmo3": ("Olmo3", dict(num_hidden_layers=4, sliding_window=5, pad_token_id=1)),
+    "olmo3_yarn": (
+        "Olmo3",
+        dict(
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=5,
+            num_key_value_heads=4,
+            pad_token_id=1,
+            rope_parameters={
+                "full_attention": {**YARN_ROPE, "attention_factor": 1.3},
+                "sliding_attention": default_rope(1e4),
+            },
+        ),
+    ),
+    "ministral3": (
+        "Ministral3",
+        dict(
+            head_dim=16,
+            pad_token_id=0,
+            rope_parameters={
+                **YARN_ROPE,
+                "original_max_position_embeddings": 6,
+                "mscale": 1.5,
+                "mscale_all_dim": 0.5,
+                "llama_4_scaling_beta": 0.7,
+            },
+        ),
+    ),
+    "ministral3_window": (
+        "Ministral3",
+        dict(
+            sliding_window=5,
+            head_dim=8,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            rope_parameters={
+                **default_rope(1e4),
+                "original_max_position_embeddings": 10,
+                "llama_4_scaling_beta": 0.7,
+            },
+        ),
+    ),
+    "phi3": ("Phi3", dict(pad_token_id=0)),
+    "phi3_longrope": (
+        "Phi3",
+        dict(
+            tie_word_embeddings=True,
+            sliding_window=20,
+            hidden_size=64,
+            pad_token_id=0,
+            max_position_embeddings=128,
+            original_max_position_embeddings=24,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+            },
+        ),
+    ),
+    "cohere2": (
+        "Cohere2",
+        dict(num_hidden_layers=4, sliding_window=5, tie_word_embeddings=True, logit_scale=0.3, pad_token_id=0),
+    ),
+    "cohere2_biases": (
+        "Cohere2",
+        dict(
+            attention_bias=True,
+            logit_scale=0.4,
+            layer_types=["full_attention", "sliding_attention"],
+            sliding_window=5,
+            pad_token_id=0,
+        ),
+    ),
+}
+
 
 def make_model(case: str, *, seed: int = 0, **overrides: Any) -> torch.nn.Module:
     """The named tiny model in float32 with eager attention. One-dimensional weights are random too, not 1 or 0."""
-    family, settings = CASES[case]
+    family, settings = (CASES | LATER)[case]
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     config = config_class(**{**_COMMON, **settings, **overrides})
     torch.manual_seed(seed)

@@ -116,7 +116,7 @@ _SIZES = dict(vocab_size=9, hidden_size=64, intermediate_size=8, num_hidden_laye
                 num_key_value_heads=1,
                 attention_dropout=0.0,
             ),
-            dict(layer_ropes=(RopeConfig(theta=1e5),) * 2, num_key_value_heads=1, norm_plus_one=False),
+            dict(layer_ropes=(RopeConfig(theta=1e5),) * 2, num_key_value_heads=1, norm="rms"),
         ),
         (  # google/gemma-2-2b, and google/gemma-3-4b's text_config
             dict(
@@ -154,7 +154,7 @@ _SIZES = dict(vocab_size=9, hidden_size=64, intermediate_size=8, num_hidden_laye
                 layer_windows=(1024, None),
                 layer_ropes=(RopeConfig(theta=1e4), RopeConfig(theta=1e6, rope_type="linear", factor=8.0)),
                 final_logit_softcapping=None,
-                qk_norm=True,
+                qk_norm="head",
             ),
         ),
     ],
@@ -177,7 +177,7 @@ def test_gemma_layer_pattern_is_derived_when_not_listed():
         ("llama", dict(architectures=["GPT2LMHeadModel"]), "architectures: .*GPT2LMHeadModel.*Gemma2ForCausalLM"),
         ("llama", dict(architectures=None), r"architectures: found \[\], expected one of "),
         ("llama", dict(hidden_act="quick_gelu"), "hidden_act: found 'quick_gelu', expected one of .*silu"),
-        ("llama", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), "rope_type: found 'yarn'"),
+        ("llama", dict(rope_parameters=dict(rope_type="proportional")), "rope_type: found 'proportional'"),
         ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "rope_type: found 'dynamic', expected"),
         ("llama", dict(rope_parameters=dict(rope_type="linear")), "rope_parameters.factor: found None, expected a pos"),
         (

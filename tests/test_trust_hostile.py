@@ -28,6 +28,7 @@ from moe_lora_interop.cli.main import main
 from moe_lora_interop.disk.model_directory import BaseModel
 from moe_lora_interop.export import export_mixtral
 from moe_lora_jax import load_base_model
+from moe_lora_jax.models.families import FAMILIES
 from tests.hostile_files import CONFIG, WEIGHTS, corpus, entry, tensor_file
 from tools.fuzz import HOSTILE, allowed, check, samples
 
@@ -286,7 +287,7 @@ def test_hostile_base_models(tmp_path, tries, tally):
     cases = [({**LLAMA, field: value}, {"model.safetensors": one}) for field in LLAMA for value in HOSTILE]
     cases += [
         ({**LLAMA, "architectures": [name], field: value}, {"model.safetensors": one})
-        for name in ("MistralForCausalLM", "Qwen2ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+        for name in FAMILIES
         for field in ("layer_types", "sliding_window", "num_hidden_layers", "rope_parameters", "max_window_layers")
         for value in HOSTILE
     ]

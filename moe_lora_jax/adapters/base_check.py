@@ -14,7 +14,7 @@ from moe_lora_interop.errors import CheckpointError
 from moe_lora_interop.rules.base_tensors import name_in_base
 from moe_lora_jax.adapters.apply import LinearLayer
 from moe_lora_jax.adapters.model_spec import ModelSpec, module_name
-from moe_lora_jax.models.norm import RMSNorm
+from moe_lora_jax.models.norm import Norm
 from moe_lora_jax.processes import whole
 from moe_lora_jax.tree import modules
 
@@ -72,7 +72,7 @@ def _value(layers: Mapping[str, Any], name: str) -> np.ndarray | None:
         return whole(layer.embedding[...])
     if isinstance(layer, nnx.Linear) and parameter == "weight":
         return whole(layer.kernel[...]).T
-    if isinstance(layer, RMSNorm) and parameter == "weight":
+    if isinstance(layer, Norm) and parameter == "weight":
         return whole(layer.weight[...])
     if isinstance(layer, nnx.Linear) and parameter == "bias" and layer.bias is not None:
         return whole(layer.bias[...])

@@ -32,7 +32,17 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: DecoderConfig, batch: int, capacity: int) -> "KVCache":
-        """A cache for `batch` rows of at most `capacity` tokens, padding included, in the dtype of the weights."""
+        """A cache for `batch` rows of at most `capacity` tokens, padding included, in the dtype of the weights.
+
+        Raises:
+            ValueError: in longer sequences, the model rotates earlier tokens by other frequencies too.
+        """
+        switching = [r.original_max_position_embeddings for r in config.layer_ropes if r.rope_type == "longrope"]
+        if switching and capacity > min(switching):
+            raise ValueError(
+                f"cache: found room for {capacity} tokens, expected at most original_max_position_embeddings "
+                f"{min(switching)}: beyond it, longrope turns the keys in the cache by other frequencies"
+            )
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         zeros = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_hidden_layers))
         return cls(

@@ -28,9 +28,10 @@ Cache = KVCache | tuple[KVCache, KVCache]
 class CausalLM(nnx.Module):
     """A decoder-only language model with Hugging Face's module names.
 
-    `model.embed_tokens`, `model.layers.{i}.self_attn.{q,k,v,o}_proj`, `model.layers.{i}.mlp.{gate,up,down}_proj`,
-    `model.norm`, and `lm_head` unless the embeddings are tied. Linears are `nnx.Linear` (kernel [in, out]) called on
-    [tokens, features], so that they can be replaced in place.
+    `model.embed_tokens`, `model.layers.{i}.self_attn.{q,k,v,o}_proj`, `model.layers.{i}.mlp.{gate,up,down}_proj`
+    (`qkv_proj` and `gate_up_proj` where the family joins them), `model.norm`, and `lm_head` unless the embeddings are
+    tied. Linears are `nnx.Linear` (kernel [in, out]) called on [tokens, features], so that they can be replaced in
+    place.
 
     Example:
         >>> model = load_base_model("SmolLM2-135M")
@@ -217,6 +218,8 @@ class CausalLM(nnx.Module):
             logits = product(flat, matrix, tied=tied, dtype=dtype)
         else:
             logits = self._head_layer.attend(flat) if tied else self.lm_head(flat)
+        if self.config.logits_scaling != 1:
+            logits = (logits.astype(jnp.float32) / self.config.logits_scaling).astype(logits.dtype)
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * jnp.tanh(logits / cap)

@@ -8,24 +8,12 @@ from typing import Any
 from moe_lora_interop.disk.dtypes import STORED
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models.activations import ACTIVATIONS
-from moe_lora_jax.models.families import FAMILIES, FULL, SLIDING, Family
+from moe_lora_jax.models.families import FAMILIES, FULL, ONLY_INERT, SLIDING, Family, LayerNorms, NormKind, QKNorm
 from moe_lora_jax.models.fields import Fields
-from moe_lora_jax.models.rope import RopeConfig
+from moe_lora_jax.models.rope import NO_ROPE, RopeConfig
 from moe_lora_jax.models.rope_fields import read_ropes
 
 MAX_LAYERS = 1024  # several times what any model has; layers are built before the files are checked
-
-# Fields that change what a model computes, and the values with which they change nothing, in any family.
-_ONLY_INERT: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "attention_dropout": (None, 0),
-    "partial_rotary_factor": (None, 1),
-    "rope_interleaved": (None, False),
-    "use_mrope": (None, False),
-    "use_bidirectional_attention": (None, False),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +23,12 @@ class DecoderConfig:
     Names are config.json's where it has one. Derived:
         head_dim: width of one head; num_attention_heads * head_dim need not equal hidden_size.
         qkv_bias, output_bias, mlp_bias: which linears have a bias.
-        qk_norm: RMSNorm on queries and keys. norm_plus_one: norms multiply by 1 + weight.
-        feedforward_norms: Gemma's norms after the attention and around the feed-forward block.
-        embedding_scale: factor on the embeddings. attention_scale: factor on the scores.
+        fused: q, k, v are one linear, gate and up another.
+        qk_norm, layer_norms, norm, norm_eps: which norms there are, and what they compute.
+        embedding_scale: factor on the embeddings, rounded to their dtype. attention_scale: factor on the scores.
+        logits_scaling: divisor of the logits.
         layer_windows: per layer, how many tokens back a query sees, itself included; None is all.
-        layer_ropes: per layer, its rotary parameters.
+        layer_ropes: per layer, its rotary parameters. rope_pairs: they turn neighbours, not one of each half.
         eos_token_id: all ids that end a text (config.json may state one or several).
         dtype: of the weights, and so of the computation. name_or_path: where it was read from; not compared.
     """
@@ -53,20 +42,25 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     hidden_act: str
-    rms_norm_eps: float
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    norm_plus_one: bool
-    feedforward_norms: bool
+    fused: bool
+    qk_norm: QKNorm | None
+    layer_norms: LayerNorms
+    norm: NormKind
+    norm_eps: float
     embedding_scale: float | None
+    embedding_multiplier: float
+    residual_multiplier: float
     attention_scale: float
+    logits_scaling: float
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
     layer_windows: tuple[int | None, ...]
     layer_ropes: tuple[RopeConfig, ...]
+    rope_pairs: bool
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dtype: str = "float32"
@@ -85,15 +79,16 @@ class DecoderConfig:
         """
         architecture, family = _family(config)
         fields = Fields(config, family.defaults)
-        for name, inert in _ONLY_INERT.items():
-            if fields.get(name) not in inert:
+        for name, inert in {**ONLY_INERT, **family.inert}.items():
+            if name not in family.reads and fields.get(name) not in inert:
                 fields.refuse(name, f"found {fields.get(name)!r}, expected {' or '.join(map(repr, inert))}")
 
         layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
         hidden_size, head_dim, heads, key_value_heads = _widths(fields)
         qkv_bias, output_bias, mlp_bias = _biases(fields, family)
         windows, kinds = _windows(fields, family, layers)
-        ropes = read_ropes(fields, family)
+        ropes = read_ropes(fields, family, head_dim)
+        rotated = family.rotated(fields, kinds)
         result = cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -104,20 +99,25 @@ class DecoderConfig:
             num_key_value_heads=key_value_heads,
             head_dim=head_dim,
             hidden_act=_activation(fields, family),
-            rms_norm_eps=fields.number("rms_norm_eps"),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             qkv_bias=qkv_bias,
             output_bias=output_bias,
             mlp_bias=mlp_bias,
+            fused=family.fused,
             qk_norm=family.qk_norm,
-            norm_plus_one=family.gemma,
-            feedforward_norms=family.gemma,
-            embedding_scale=math.sqrt(hidden_size) if family.gemma else None,
-            attention_scale=(fields.number("query_pre_attn_scalar") if family.gemma else head_dim) ** -0.5,
-            attn_logit_softcapping=_softcap(fields, "attn_logit_softcapping", family.attention_softcap),
-            final_logit_softcapping=_softcap(fields, "final_logit_softcapping", family.gemma),
+            layer_norms=family.norms,
+            norm=family.norm,
+            norm_eps=fields.number(family.norm_eps_field),
+            embedding_scale=math.sqrt(hidden_size) if family.scales_embeddings else None,
+            embedding_multiplier=_multiplier(fields, family, "embedding_multiplier"),
+            residual_multiplier=_multiplier(fields, family, "residual_multiplier"),
+            attention_scale=_attention_scale(fields, family, head_dim),
+            attn_logit_softcapping=fields.optional_number("attn_logit_softcapping"),
+            final_logit_softcapping=fields.optional_number("final_logit_softcapping"),
+            logits_scaling=_multiplier(fields, family, "logits_scaling") / _multiplier(fields, family, "logit_scale"),
             layer_windows=windows,
-            layer_ropes=tuple(ropes[kind] for kind in kinds),
+            layer_ropes=tuple(ropes[kind] if turns else NO_ROPE for kind, turns in zip(kinds, rotated, strict=True)),
+            rope_pairs=family.rope_pairs,
             eos_token_id=fields.token_ids("eos_token_id"),
             pad_token_id=next(iter(fields.token_ids("pad_token_id")), None),
             dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
@@ -166,24 +166,25 @@ def _biases(fields: Fields, family: Family) -> tuple[bool, bool, bool]:
     qkv, output = (stated, stated) if family.attention_bias is None else family.attention_bias
     if "attention_bias" in fields.stated and stated != qkv:
         fields.refuse("attention_bias", f"found {stated}, expected {qkv} for the q, k and v of this architecture")
-    mlp = fields.flag("mlp_bias")
-    if mlp and not family.reads_mlp_bias:
-        fields.refuse("mlp_bias", f"found {mlp}, expected False: this architecture has no feed-forward biases")
-    return qkv, output, mlp
+    return qkv, output, "mlp_bias" in family.reads and fields.flag("mlp_bias")
 
 
 def _activation(fields: Fields, family: Family) -> str:
     name = fields.get(family.activation_field)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         fields.refuse(family.activation_field, f"found {name!r}, expected one of {', '.join(sorted(ACTIVATIONS))}")
-    return name
+        return "silu"
+    return family.activations.get(name, name)
 
 
-def _softcap(fields: Fields, field_name: str, applies: bool) -> float | None:
-    cap = fields.optional_number(field_name)
-    if cap is not None and not applies:
-        fields.refuse(field_name, f"found {cap}, expected None: this architecture does not apply it")
-    return cap
+def _multiplier(fields: Fields, family: Family, name: str) -> float:
+    return fields.number(name) if name in family.reads else 1.0
+
+
+def _attention_scale(fields: Fields, family: Family, head_dim: int) -> float:
+    if "attention_multiplier" in family.reads:
+        return fields.number("attention_multiplier")
+    return (fields.number("query_pre_attn_scalar") if "query_pre_attn_scalar" in family.reads else head_dim) ** -0.5
 
 
 def _windows(fields: Fields, family: Family, layers: int) -> tuple[tuple[int | None, ...], tuple[str, ...]]:
@@ -193,15 +194,12 @@ def _windows(fields: Fields, family: Family, layers: int) -> tuple[tuple[int | N
     if stated is not None and not (isinstance(stated, list | tuple) and all(isinstance(kind, str) for kind in stated)):
         fields.refuse("layer_types", f"found {stated!r}, expected a list of names")
     elif stated is not None and tuple(stated) != kinds:
-        if not family.reads_layer_types:
+        if "layer_types" not in family.reads:
             fields.refuse("layer_types", f"found {list(stated)}, expected {' or '.join(sorted(set(kinds)))} throughout")
         elif len(stated) != layers or not set(stated) <= {FULL, SLIDING}:
             fields.refuse("layer_types", f"found {stated}, expected {FULL} or {SLIDING} for each of {layers} layers")
         else:
             kinds = tuple(stated)
-    if not family.reads_sliding_window and fields.get("sliding_window") is not None:
-        found = fields.get("sliding_window")
-        fields.refuse("sliding_window", f"found {found!r}, expected None: this architecture has no sliding window")
     if SLIDING not in kinds:
         return (None,) * layers, kinds
     if fields.get("use_sliding_window") is False:

@@ -15,65 +15,76 @@ from moe_lora_jax.models.attention import Attention, LayerCache
 from moe_lora_jax.models.cache import KVCache
 from moe_lora_jax.models.config import DecoderConfig
 from moe_lora_jax.models.masks import Tokens, Visibility, real_positions, segment_positions
-from moe_lora_jax.models.norm import RMSNorm
+from moe_lora_jax.models.norm import Norm
 from moe_lora_jax.models.repeat import run_layers
-from moe_lora_jax.models.rope import rotary_tables
+from moe_lora_jax.models.rope import Rotary, rotary_tables
 from moe_lora_jax.sharding import dividing, row_parts, row_sharding, when_due
 
 
 class FeedForward(nnx.Module):
-    """`mlp`: `down(act(gate(x)) * up(x))` on [tokens, hidden]."""
+    """`mlp`: `down(act(gate(x)) * up(x))` on [tokens, hidden]. Gate and up may be one linear layer, `gate_up_proj`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         def linear(size_in: int, size_out: int) -> nnx.Linear:
             return nnx.Linear(size_in, size_out, use_bias=config.mlp_bias, param_dtype=config.dtype, rngs=rngs)
 
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.fused = config.fused
+        if self.fused:
+            self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)
+        else:
+            self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+            self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
         self.hidden_act = config.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[tokens, hidden] -> [tokens, hidden]."""
-        gate, up = checkpoint_name(self.gate_proj(x), "mlpwi_0"), checkpoint_name(self.up_proj(x), "mlpwi_1")
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        gate, up = checkpoint_name(gate, "mlpwi_0"), checkpoint_name(up, "mlpwi_1")
         return checkpoint_name(self.down_proj(ACTIVATIONS[self.hidden_act](gate) * up), "mlpwo")
 
 
 class DecoderLayer(nnx.Module):
-    """One block, pre-norm; Gemma also normalises what each half adds.
+    """One block, with the norms that `config.layer_norms` names; the others are left out.
 
-        h = x + [norm] attention(norm(x));  y = h + [norm] mlp(norm(h))
+        h = x + m norm(attention(norm(x)));  y = h + m norm(mlp(norm(h)))
 
-    In Llama's naming `post_attention_layernorm` is the norm BEFORE the feed-forward block; in Gemma's it is the one on
-    the attention's output, and the feed-forward block has its own pair.
+    or, if both halves share the first norm, `y = x + attention(norm(x)) + mlp(norm(x))`. m is `residual_multiplier`.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.self_attn = Attention(config, rngs=rngs)
         self.mlp = FeedForward(config, rngs=rngs)
-        self.input_layernorm = RMSNorm(config.hidden_size, config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
-        if config.feedforward_norms:
-            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config)
-            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config)
-        self.feedforward_norms = config.feedforward_norms
+        self.norms = config.layer_norms
+        self.multiplier = config.residual_multiplier
+        for name in self.norms[:4]:
+            if name is not None:
+                setattr(self, name, Norm(config.hidden_size, config))
 
     def __call__(
         self,
         x: jax.Array,
         batch: int,
-        rotary: tuple[jax.Array, jax.Array],
+        rotary: Rotary,
         sight: Visibility,
         cache: LayerCache | None,
         attend: Attend,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x`: [batch * seq, hidden] -> the same shape, and the updated cache if one was given."""
-        mixed, cache = self.self_attn(self.input_layernorm(x), batch, rotary, sight, cache, attend)
-        if not self.feedforward_norms:
-            x = x + mixed
-            return x + self.mlp(self.post_attention_layernorm(x)), cache
-        x = x + self.post_attention_layernorm(mixed)
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), cache
+        normed = self._normed(self.norms.before_attention, x)
+        mixed, cache = self.self_attn(normed, batch, rotary, sight, cache, attend)
+        h = x + times(self._normed(self.norms.after_attention, mixed), self.multiplier)
+        if not self.norms.shared:
+            normed = self._normed(self.norms.before_mlp, h)
+        return h + times(self._normed(self.norms.after_mlp, self.mlp(normed)), self.multiplier), cache
+
+    def _normed(self, name: str | None, x: jax.Array) -> jax.Array:
+        return x if name is None else getattr(self, name)(x)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """The product in float32, in the dtype of `x`: JAX alone would round the factor to that first."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -91,7 +102,7 @@ class Decoder(nnx.Module):
         self.mesh: Mesh | None = None
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = Norm(config.hidden_size, config)
 
     def __call__(
         self,
@@ -132,7 +143,8 @@ class Decoder(nnx.Module):
             queries = Tokens(cache.length + slots, positions, None)
             cache = cache.reserve(new, positions)
             keys, real = Tokens(jnp.arange(cache.capacity), cache.positions, None), cache.real
-        rotary = {rope: rotary_tables(rope, positions, config.head_dim) for rope in dict.fromkeys(config.layer_ropes)}
+        ropes = dict.fromkeys(config.layer_ropes)
+        rotary = {rope: rotary_tables(rope, positions, config.head_dim, segments) for rope in ropes}
 
         windows = tuple(dict.fromkeys(config.layer_windows))
         one_program = cache is None and self.scan_layers and len(windows) > 1
@@ -145,6 +157,7 @@ class Decoder(nnx.Module):
         x = self._embedded(input_ids.reshape(-1), batch)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)  # rounded to the dtype, like transformers
+        x = times(x, config.embedding_multiplier)
         x = self._in_place(x, batch)
         pairs = list(zip(config.layer_ropes, config.layer_windows, strict=True))
         kinds = list(dict.fromkeys(pairs))

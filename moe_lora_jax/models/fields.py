@@ -17,8 +17,9 @@ class Fields:
         self.problems: list[str] = []
 
     def refuse(self, field: str, why: str) -> None:
-        """Record that `field` cannot be honoured."""
-        self.problems.append(f"{field}: {why}")
+        """Record, once, that `field` cannot be honoured."""
+        if f"{field}: {why}" not in self.problems:
+            self.problems.append(f"{field}: {why}")
 
     def get(self, field: str) -> Any:
         """The value stated in the file, else the family's default, else None."""

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, in the two variants of the supported families."""
+"""Normalisation, in the variants of the supported families."""
 
 import jax
 import jax.numpy as jnp
@@ -7,28 +7,34 @@ from flax import nnx
 from moe_lora_jax.models.config import DecoderConfig
 
 
-class RMSNorm(nnx.Module):
+class Norm(nnx.Module):
     """`y = x / sqrt(mean(x**2) + eps) * w` over the last axis.
 
-    The mean and the division are in float32 whatever the dtype of `x`; the result has the dtype of `x`.
-    Llama, Mistral and Qwen multiply by `w` after casting back; Gemma multiplies by `1 + w` (stored weights are
-    centred on zero) before casting back. In bfloat16 the two orders round differently, so both are kept.
+    The mean and the division are in float32 whatever the dtype of `x`; the result has the dtype of `x`. By
+    `config.norm`:
+        "rms": times `w` after casting back. In bfloat16 this rounds otherwise than
+        "rms_wide": times `w` before casting back.
+        "rms_plus_one": times `1 + w` before casting back (stored weights are centred on zero).
+        "layer": "rms_wide" of `x - mean(x)`.
 
-    Source: LlamaRMSNorm and Gemma2RMSNorm in transformers/models/{llama,gemma2}/modeling_*.py@5.24.0.
+    Source: {Llama,Olmo2,Gemma2}RMSNorm and Cohere2LayerNorm in transformers/models/*/modeling_*.py@5.24.0.
     """
 
     def __init__(self, size: int, config: DecoderConfig):
         """`size`: length of the normalised axis. Weights start at the identity."""
-        init = jnp.zeros if config.norm_plus_one else jnp.ones
+        init = jnp.zeros if config.norm == "rms_plus_one" else jnp.ones
         self.weight = nnx.Param(init((size,), config.dtype))
-        self.eps = config.rms_norm_eps
-        self.plus_one = config.norm_plus_one
+        self.eps = config.norm_eps
+        self.kind = config.norm
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x`: [..., size] -> [..., size], same dtype."""
         weight = self.weight[...]
         wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        if self.plus_one:
-            return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
-        return (weight * normed.astype(x.dtype)).astype(x.dtype)
+        if self.kind == "rms":
+            return (weight * normed.astype(x.dtype)).astype(x.dtype)
+        weight = weight.astype(jnp.float32)
+        return (normed * (1.0 + weight if self.kind == "rms_plus_one" else weight)).astype(x.dtype)

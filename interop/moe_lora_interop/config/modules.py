@@ -6,8 +6,18 @@ from collections.abc import Iterable
 from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_interop.errors import ConfigError
 
-# Order of definition in the decoder layers of transformers (named_modules order): Llama, Mistral, Qwen, Gemma.
-_WITHIN_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Order of definition in the decoder layers of transformers (named_modules order): Llama and those like it; Phi-3.
+_WITHIN_LAYER = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "qkv_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+)
 _LAST_IN_BLOCK = ("down_proj", "fc2", "w2", "wo", "c_proj", "dense_4h_to_h")
 
 

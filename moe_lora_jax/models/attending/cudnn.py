@@ -46,11 +46,18 @@ def unable(config: DecoderConfig, platform: str, length: int) -> str | None:
         return f"platform: found {platform}, expected gpu"
     if config.dtype not in ("bfloat16", "float16"):
         return f"dtype: found {config.dtype}, expected bfloat16 or float16"
-    if config.attn_logit_softcapping is not None:
-        return f"attn_logit_softcapping: found {config.attn_logit_softcapping}, expected none"
+    if (problem := unsuited(config)) is not None:
+        return problem
     if jax.default_backend() != "gpu":
         return "GPU: found none on this machine, expected one to compile cuDNN's call for"
     largest = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
     if config.head_dim % 8 or config.head_dim > largest:
         return f"head_dim: found {config.head_dim}, expected a multiple of 8 up to {largest}"
     return f"tokens of a row: found {length}, expected an even number" if length % 2 else None
+
+
+def unsuited(config: DecoderConfig) -> str | None:
+    """Why it never can for such a model; None if it depends on the machine, the dtype and the sizes."""
+    if config.attn_logit_softcapping is not None:
+        return f"attn_logit_softcapping: found {config.attn_logit_softcapping}, expected none"
+    return None
