@@ -1,4 +1,11 @@
-"""Training loops of one's own, as in docs/index.md: with dropout and the routers' losses, and both kinds alike."""
+"""Training loops of one's own, as in docs/own-loop.md: with dropout and the routers' losses, and both kinds alike."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny_training import arrays, compiled_once, tiny_model, token_data  # noqa: F401
+from tiny_training import arrays, compiled_once, small_dirs, tiny_model, token_data  # noqa: F401
 
 import moe_lora_jax as mlj
 from moe_lora_jax.train import (
@@ -18,6 +25,7 @@ from moe_lora_jax.train import (
     split_model,
 )
 
+PAGE = Path(__file__).parent.parent / "docs/own-loop.md"
 pytestmark = pytest.mark.usefixtures("compiled_once")
 NOISY = {"lora_dropout": 0.5, "router_aux_loss_coef": 0.3}
 SCOPES = {
@@ -33,23 +41,29 @@ def batches():
     return [host.batch for host in TrainBatches(token_data(4).examples, **fields)]
 
 
-def with_nnx(model):
-    """[loss] of a loop with nnx.value_and_grad; the model is trained in place."""
-    config = model.moe_lora_config
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=mlj.MoeLoraParam)
+def jitted(config, **how):
+    """A step on NNX objects; the loss has all logits at once."""
 
-    @nnx.jit
+    def loss_of(model, batch):
+        logits, router = model(batch.input_ids, batch.attention_mask, return_router=True)
+        balance = load_balancing_loss(router, config, batch.attention_mask)
+        loss = next_token_loss(logits, batch.input_ids, batch.loss_mask).mean
+        return loss + config.router_aux_loss_coef * balance
+
+    @nnx.jit(**how)
     def step(model, optimizer, batch):
-        def loss_of(model):
-            logits, router = model(batch.input_ids, batch.attention_mask, return_router=True)
-            balance = load_balancing_loss(router, config, batch.attention_mask)
-            loss = next_token_loss(logits, batch.input_ids, batch.loss_mask).mean
-            return loss + config.router_aux_loss_coef * balance
-
-        loss, gradient = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, mlj.MoeLoraParam))(model)
+        gradient_of = nnx.value_and_grad(loss_of, argnums=nnx.DiffState(0, mlj.MoeLoraParam))
+        loss, gradient = gradient_of(model, batch)
         optimizer.update(model, gradient)
         return loss
 
+    return step
+
+
+def with_nnx(model):
+    """[loss] of a loop with nnx.value_and_grad; the model is trained in place."""
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=mlj.MoeLoraParam)
+    step = jitted(model.moe_lora_config, graph_updates=False)
     return [float(step(model, optimizer, jax.tree.map(lambda rows: rows[0], batch))) for batch in batches()]
 
 
@@ -108,3 +122,39 @@ def test_a_model_in_eval_mode_is_not_trained_without_a_word(field):
 
 def test_nothing_is_said_where_eval_mode_changes_nothing():
     with_the_functional_step(tiny_model())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_step_gives_back_what_it_changed_alone(scope):
+    """In bytes of the compiled program; without graph_updates=False it copies the base model."""
+    model = tiny_model(**NOISY, **SCOPES[scope])
+    model.train()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=mlj.MoeLoraParam)
+    batch = jax.tree.map(lambda rows: rows[0], batches()[0])
+    changed = sum(a.nbytes for a in jax.tree.leaves((nnx.state(model, mlj.MoeLoraParam), nnx.state(optimizer))))
+    base = sum(array.nbytes for array in arrays(model, nnx.Not(mlj.MoeLoraParam)).values())
+    given_back = {}
+    for how in ({"graph_updates": False}, {}):
+        program = jitted(model.moe_lora_config, **how).lower(model, optimizer, batch).compile()
+        given_back[bool(how)] = program.compiled.memory_analysis().output_size_in_bytes
+    assert changed <= given_back[True] < changed + 1000  # counters, and the table of results
+    assert given_back[False] > given_back[True] + 0.9 * base
+
+
+def test_the_page_runs_on_eight_devices(small_dirs, tmp_path):  # noqa: F811
+    """Its last line compares the losses, after an interruption, with those of `train`'s step."""
+    shutil.copytree(small_dirs["base"], tmp_path / "base")
+    shutil.copy(small_dirs["data"], tmp_path / "data.jsonl")
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert "np.testing.assert_allclose([*losses, *more], theirs" in blocks[-1]
+    (tmp_path / "page.py").write_text("\n".join([*blocks, "assert jax.device_count() == mesh.size == 8"]))
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p),
+    }
+    command = [sys.executable, "-W", "error", "page.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from moe_lora_jax.models.stacked import unstack_layers
 from moe_lora_jax.sharding import mesh_of, put_rows, replicated
 from moe_lora_jax.train.batches import eval_batches
+from moe_lora_jax.train.chunked_loss import model_loss
 from moe_lora_jax.train.data import TokenData, check_vocabulary
 from moe_lora_jax.train.losses import TokenLoss
-from moe_lora_jax.train.model_loss import model_loss
 from moe_lora_jax.train.step import Batch
 
 

@@ -13,9 +13,9 @@ from moe_lora_interop.config.adapter_config import MoeLoraConfig
 from moe_lora_jax.layers.mixing import MoeLoraParam
 from moe_lora_jax.models.stacked import is_scanned, stack_layers, unstack_layers
 from moe_lora_jax.sharding import is_abstract, mesh_of, put, put_rest, replicated
+from moe_lora_jax.train.chunked_loss import model_loss
 from moe_lora_jax.train.health import RouterSums, router_sums
 from moe_lora_jax.train.losses import load_balancing_loss, router_z_loss
-from moe_lora_jax.train.model_loss import model_loss
 
 NOISE = ("lora_dropout", "expert_dropout", "router_dropout", "router_jitter_noise")
 

@@ -123,6 +123,8 @@ def _routing_problems(config: MoeLoraConfig) -> Iterator[str]:
     if config.mix == "weights":
         road = _TO_TASK if config.router_input == "task" else _TO_LORA
         yield f"mix: found weights, expected outputs; instead, {road}"
+    if config.routing is not None:
+        yield f"routing: found {config.routing['name']}, expected null; instead, {_TO_PEFT}"
     if config.temperature_hidden_size is not None:
         width = config.temperature_hidden_size
         yield f"temperature_hidden_size: found {width}, expected null; instead, {_TO_PEFT}"

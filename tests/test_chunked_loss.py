@@ -14,9 +14,9 @@ from tiny_training import LLAMA, arrays, tiny_model, token_data
 import moe_lora_jax as mlj
 from moe_lora_jax.models import CausalLM, DecoderConfig
 from moe_lora_jax.train.batches import collate
+from moe_lora_jax.train.chunked_loss import _chunk, loss_of_hidden, model_loss
 from moe_lora_jax.train.evaluation import mean_loss, split_for_evaluation
 from moe_lora_jax.train.losses import next_token_loss
-from moe_lora_jax.train.model_loss import _chunk, loss_of_hidden, model_loss
 from moe_lora_jax.train.step import Batch, make_train_step, merge_back, split_model
 
 BATCH, SEQ, VOCAB, WIDTH = 3, 13, LLAMA["vocab_size"], LLAMA["hidden_size"]
