@@ -23,6 +23,7 @@ import moe_lora_interop
 import moe_lora_interop.peft_tuner as tuner
 import moe_lora_jax as mlj
 from moe_lora_interop import ConfigError, MoeLoraConfig, register_routing
+from moe_lora_interop.checkpoint.servable import vllm_needs
 from moe_lora_interop.config import routings as registry
 from moe_lora_interop.config.in_words import routing_in_words
 from moe_lora_interop.config.stuck_routers import stuck_routers
@@ -485,3 +486,9 @@ def test_a_fresh_process_finds_an_installed_package_by_the_name_in_the_file(base
     done = fresh()
     assert done.returncode == 2
     assert "'theirs' is declared as 'no_such_package', which cannot be imported" in done.stderr
+
+
+def test_vllm_cannot_serve_it_and_says_so():
+    config = MoeLoraConfig(routing=AGAIN, num_experts=2, target_modules=["q_proj"])
+    (problem,) = vllm_needs("native", config, ["model.layers.0.self_attn.q_proj"]).problems
+    assert problem.startswith("routing: found again, expected null; instead, PEFT runs it")
