@@ -137,7 +137,7 @@ class Made:
         worst = 0.0
         for (name, prompt), answer in zip(asked, found, strict=True):
             expected = self.expected(name, tuple(prompt), length)
-            assert answer.tokens == expected.tokens, name
+            assert answer.tokens == expected.tokens, (name, answer, expected)
             worst = max(worst, np.abs(np.subtract(answer.logprobs, expected.logprobs)).max())
         return float(worst)
 

@@ -93,6 +93,16 @@ class Server:
         with ThreadPoolExecutor(len(asked)) as pool:
             return list(pool.map(send, asked)), events
 
+    def knows(self, model: str) -> bool:
+        """Whether a request for it is answered, and not by 404."""
+        import openai
+
+        try:
+            self.ask(model, [5], 1)
+        except openai.NotFoundError:
+            return False
+        return True
+
     def tokenize(self, text: str) -> list[int]:
         return requests.post(f"{self.url}/tokenize", json={"model": BASE, "prompt": text}).json()["tokens"]
 

@@ -77,11 +77,9 @@ def units_of(rank: int, rows: int) -> int:
     return max(1, min(MAX_EXPERTS, (rank + 1) // (1 + rows)))
 
 
-Sum = Callable[[Tensor], Tensor] | None
-"""Sums a tensor over processes, if each has only a part of x."""
-
-
-def gated(codes: Tensor, slots: Tensor, tables: Tables, over_processes: Sum = None) -> Tensor:
+def gated(
+    codes: Tensor, slots: Tensor, tables: Tables, over_processes: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Multiplies A x by the gates that its last columns imply; where nothing has a gate, by exactly 1.
 
     Nothing depends on what is loaded, so it can be compiled and captured.
@@ -90,28 +88,30 @@ def gated(codes: Tensor, slots: Tensor, tables: Tables, over_processes: Sum = No
         codes: A x, fp32 [slice, token, column].
         slots: of every token; any number that is no slot stands for no adapter.
         tables: the layer's.
-        over_processes: of the layer's.
+        over_processes: sums a tensor over processes, if each has only a part of x.
 
     Returns:
         [slice, token, column].
     """
     slots = slots.clamp(-1, tables.rules.shape[1] - 1)  # -1 is the last
-    units = _summed(_units(codes, tables.units, tables.rows), over_processes)
+    units = _units(codes, tables.units, tables.rows)
+    if over_processes is not None:
+        units = over_processes(units)
     return _weighed(codes, gates(units, tables.rules[:, slots]), tables.owners[:, slots], tables.units)
 
 
-def gated_by_adapter(codes: Tensor, slots: Tensor, tables: Tables, over_processes: Sum = None) -> Tensor:
+def gated_by_adapter(codes: Tensor, slots: Tensor, tables: Tables) -> Tensor:
     """`gated` in place, one adapter after the other: for a CPU, where nothing is captured and every operation counts.
 
-    Base and plain LoRAs cost nothing, and a mixture only the parts of the formula that it needs.
+    Base and plain LoRAs cost nothing, and a mixture only the parts of the formula that it needs. Not for a layer that
+    is split along its input: how often processes meet must not depend on what is in a batch.
     """
     present = slots.unique().tolist()
     for slot in present:
         if number := tables.units_in(slot):
             tokens = slice(None) if len(present) == 1 else (slots == slot).nonzero()[:, 0]
             mine = codes[:, tokens]
-            units = _summed(_units(mine, number, tables.rows), over_processes)
-            weights = gates(units, tables.rules[:, slot, None], tables.parts_in(slot))
+            weights = gates(_units(mine, number, tables.rows), tables.rules[:, slot, None], tables.parts_in(slot))
             owners = tables.owners[:, slot, None].expand(-1, mine.shape[1], -1)
             codes[:, tokens] = _weighed(mine, weights, owners, tables.units)
     return codes
@@ -121,10 +121,6 @@ def _units(codes: Tensor, number: int, rows: int) -> Tensor:
     """The router's outputs, without bias: [..., unit]."""
     tail = codes[..., codes.shape[-1] - number * rows :]
     return tail.unflatten(-1, (number, rows)).sum(-1).flip(-1)
-
-
-def _summed(units: Tensor, over_processes: Sum) -> Tensor:
-    return units if over_processes is None else over_processes(units)
 
 
 def _weighed(codes: Tensor, weights: Tensor, owners: Tensor, none: int) -> Tensor:

@@ -6,13 +6,14 @@
     BaseLinearLayerWithLoRA._apply_lora_to_output    has the gates between its two products
     bgmv_* of vllm.lora.ops.torch_ops                on a CPU: `cpu_ops`
 
-What vLLM checks and does with a plain LoRA stays: names are mapped, cast, packed, split and cached by its own code.
+What vLLM does with a plain LoRA stays: names are mapped, values cast, packed, split and cached by its own code. What a
+GPU runs is written and compiled as one graph by a test; it was not run on a GPU.
 """
 
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -112,31 +113,35 @@ def _replace(owner: type, function: Callable[..., Any]) -> None:
 
 
 def _create_lora_modules(original: Any, manager: Any) -> None:
-    """Every linear layer that takes a LoRA gets tables of no adapter."""
+    """Every linear layer that takes a LoRA gets tables of no adapter; None where no mixture can be served."""
     original(manager)
-    if not [*_deployment_problems(manager)]:
-        for layer in manager.modules.values():
-            if isinstance(layer, BaseLinearLayerWithLoRA):
-                slots, _, rank, _ = layer.lora_a_stacked[0].shape
-                rows = rows_of(layer.lora_a_stacked[0].dtype)
-                layer.moe_lora_tables = Tables(layer.n_slices, slots, rank, rows, layer.device)
+    can_serve = not [*_deployment_problems(manager)]
+    for layer in manager.modules.values():
+        if isinstance(layer, BaseLinearLayerWithLoRA):
+            slots, _, rank, _ = layer.lora_a_stacked[0].shape
+            rows = rows_of(layer.lora_a_stacked[0].dtype)
+            layer.moe_lora_tables = Tables(layer.n_slices, slots, rank, rows, layer.device) if can_serve else None
+            layer.moe_lora_gate = _gate(layer)
+
+
+def _gate(layer: Any) -> Callable[[Tensor, Tensor, Tables], Tensor]:
+    """What gates A x on this layer."""
+    if isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_size > 1:
+        return partial(gated, over_processes=tensor_model_parallel_all_reduce)
+    return gated_by_adapter if current_platform.is_cpu() else gated  # on a CPU vLLM compiles nothing that has a LoRA
 
 
 def _apply_lora_to_output(original: Any, layer: Any, x: Tensor, output: Tensor) -> Tensor:
     """y + B (gates * A x), y the base layer's output, into which it is added."""
-    tables = layer.__dict__.get("moe_lora_tables")
+    tables = layer.moe_lora_tables
     if tables is None:
         return original(layer, x, output)
-    y = output.flatten(0, -2)  # a view; the transformers backend has a batch axis
+    y = output.flatten(0, -2)  # the transformers backend has a batch axis
     x = x.flatten(0, -2)
-    punica = layer.punica_wrapper
-    codes = torch.zeros(layer.n_slices, len(x), tables.owners.shape[-1], dtype=torch.float32, device=x.device)
+    tokens, punica = x.shape[0], layer.punica_wrapper
+    codes = torch.zeros(layer.n_slices, tokens, tables.owners.shape[-1], dtype=torch.float32, device=x.device)
     punica.add_shrink(codes, x, layer.lora_a_stacked, 1.0)
-    has_part_of_x = isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_size > 1
-    over_processes = tensor_model_parallel_all_reduce if has_part_of_x else None
-    slots = punica._token_lora_indices[: len(x)]
-    gate = gated_by_adapter if current_platform.is_cpu() else gated  # on a CPU vLLM compiles nothing that has a LoRA
-    codes = gate(codes, slots, tables, over_processes)
+    codes = layer.moe_lora_gate(codes, punica._token_lora_indices[:tokens], tables)
     punica.add_expand(y, codes, layer.lora_b_stacked, layer.output_slices, add_inputs=True)
     return y.view(output.shape)
 
@@ -151,7 +156,7 @@ def activate_adapter(original: Any, manager: Any, lora_id: int) -> bool:
         slot = manager.lora_index_to_id.index(lora_id)
         gatings = getattr(manager._registered_adapters[lora_id], "moe_lora_gatings", {})
         for name, layer in manager.modules.items():
-            if (tables := layer.__dict__.get("moe_lora_tables")) is not None:
+            if (tables := getattr(layer, "moe_lora_tables", None)) is not None:
                 of_slices = [gatings.get(n, Gating()) for n in _slices(manager, name, layer)]
                 tables.fill(slot, of_slices)
     return is_new
@@ -180,7 +185,10 @@ def _load_adapter(original: Any, worker: Any, lora_request: Any) -> Any:
 
 def _load_mixture(worker: Any, lora_request: Any, path: Path) -> LoRAModel:
     manager, lora_config = worker._adapter_manager, worker.lora_config
-    problems = [*_deployment_problems(manager), *_reload_problems(worker, lora_request, path)]
+    seen, key, state = worker.__dict__.setdefault("moe_lora_seen", {}), (lora_request.lora_name, path), _state(path)
+    problems = [*_deployment_problems(manager)]
+    if seen.get(key, state) != state:
+        problems.append(_CHANGED.format(name=lora_request.lora_name))
     if problems:
         raise CheckpointError(f"{path}: vLLM cannot serve this adapter as it was started", problems)
     mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
@@ -208,6 +216,7 @@ def _load_mixture(worker: Any, lora_request: Any, path: Path) -> LoRAModel:
         weights_mapper=mapper,
     )
     lora.moe_lora_gatings = gatings
+    seen[key] = state
     return lora
 
 
@@ -244,18 +253,15 @@ def _deployment_problems(manager: Any) -> Iterator[str]:
         yield f"platform: found {current_platform.device_name}, expected cpu or cuda"
 
 
-def _reload_problems(worker: Any, lora_request: Any, path: Path) -> Iterator[str]:
-    """vLLM's prefix cache knows an adapter by name and path: tokens of older weights would be taken for new ones."""
-    key, state = (lora_request.lora_name, str(path)), _state(path)
-    if worker.__dict__.setdefault("moe_lora_seen", {}).setdefault(key, state) != state:
-        yield (
-            f"{lora_request.lora_name}: found other files than when it was loaded first, expected the same; load what "
-            "has changed from another path, or under another name"
-        )
+# vLLM's prefix cache knows an adapter by name and path, and would take tokens of older weights for new ones
+_CHANGED = (
+    "{name}: found other files than when it was loaded first, expected the same; load what has changed from another "
+    "path, or under another name"
+)
 
 
 def _state(path: Path) -> list[tuple[str, int, int]]:
-    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.iterdir() if p.suffix != ".md")
+    return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("adapter_*"))
 
 
 def _module_problems(manager: Any, module: str, name: str, a: Tensor, b: Tensor) -> Iterator[str]:
@@ -263,7 +269,7 @@ def _module_problems(manager: Any, module: str, name: str, a: Tensor, b: Tensor)
     fused = {n: (owner, i) for owner, names in manager.packed_modules.items() for i, n in enumerate(names)}
     owner, index = fused.get(name, (name, 0))
     layer = manager.modules.get(owner)
-    if not hasattr(layer, "moe_lora_tables"):
+    if getattr(layer, "moe_lora_tables", None) is None:
         if not _is_on_another_process(manager.model, owner):
             yield f"{module}: {name} is no linear layer of this model that takes a LoRA"
         return
