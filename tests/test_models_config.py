@@ -1,9 +1,12 @@
 """config.json: old and new spellings mean the same, and what cannot be honoured is refused by name."""
 
+import math
+
 import pytest
 
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models import DecoderConfig, RopeConfig, load_base_model
+from moe_lora_jax.models.rope import NO_ROPE
 from tests.hf import LLAMA3_ROPE, Saved
 
 
@@ -155,6 +158,138 @@ _SIZES = dict(vocab_size=9, hidden_size=64, intermediate_size=8, num_hidden_laye
                 layer_ropes=(RopeConfig(theta=1e4), RopeConfig(theta=1e6, rope_type="linear", factor=8.0)),
                 final_logit_softcapping=None,
                 qk_norm="head",
+            ),
+        ),
+        (  # microsoft/Phi-4-mini-instruct, with shorter lists
+            dict(
+                architectures=["Phi3ForCausalLM"],
+                attention_bias=False,
+                embd_pdrop=0.0,
+                full_attn_mod=1,
+                interpolate_factor=1,
+                lm_head_bias=False,
+                max_position_embeddings=131072,
+                original_max_position_embeddings=4096,
+                num_key_value_heads=2,
+                partial_rotary_factor=0.75,
+                rope_scaling=dict(long_factor=[1, 2, 3, 4, 5, 6.5], short_factor=[1] * 6, type="longrope"),
+                rope_theta=10000.0,
+                sliding_window=262144,
+                tie_word_embeddings=True,
+            ),
+            dict(
+                fused=True,
+                layer_windows=(262144,) * 2,
+                layer_ropes=(
+                    RopeConfig(
+                        theta=1e4,
+                        share=0.75,
+                        rope_type="longrope",
+                        short_factor=(1,) * 6,
+                        long_factor=(1, 2, 3, 4, 5, 6.5),
+                        attention_factor=math.sqrt(1 + math.log(32) / math.log(4096)),
+                        original_max_position_embeddings=4096,
+                    ),
+                )
+                * 2,
+            ),
+        ),
+        (  # allenai/Olmo-3-7B-Instruct
+            dict(
+                architectures=["Olmo3ForCausalLM"],
+                layer_types=["sliding_attention", "full_attention"],
+                rope_scaling=dict(
+                    attention_factor=1.2079441541679836,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    factor=8.0,
+                    original_max_position_embeddings=8192,
+                    rope_type="yarn",
+                ),
+                rope_theta=500000,
+                sliding_window=4096,
+                max_position_embeddings=65536,
+            ),
+            dict(
+                layer_windows=(4096, None),
+                qk_norm="width",
+                norm_eps=1e-5,
+                layer_ropes=(
+                    RopeConfig(theta=5e5),
+                    RopeConfig(
+                        theta=5e5,
+                        rope_type="yarn",
+                        factor=8.0,
+                        attention_factor=1.2079441541679836,
+                        original_max_position_embeddings=8192,
+                    ),
+                ),
+            ),
+        ),
+        (  # HuggingFaceTB/SmolLM3-3B, and ibm-granite/granite-3.3-2b-instruct
+            dict(
+                architectures=["SmolLM3ForCausalLM"],
+                no_rope_layers=[1, 0],
+                no_rope_layer_interval=4,
+                layer_types=["full_attention"] * 2,
+                use_sliding_window=False,
+                sliding_window=None,
+                rope_theta=5000000.0,
+                pretraining_tp=2,
+            ),
+            dict(layer_ropes=(RopeConfig(theta=5e6), NO_ROPE), layer_windows=(None, None), pad_token_id=128004),
+        ),
+        (
+            dict(
+                architectures=["GraniteForCausalLM"],
+                attention_multiplier=0.015625,
+                embedding_multiplier=12.0,
+                logits_scaling=8.0,
+                residual_multiplier=0.22,
+                rope_theta=10000000.0,
+                rope_scaling=None,
+            ),
+            dict(attention_scale=1 / 64, embedding_multiplier=12, logits_scaling=8, residual_multiplier=0.22),
+        ),
+        (  # google/gemma-2b, whose "gelu" always meant the tanh form, and allenai/OLMo-2-0425-1B
+            dict(architectures=["GemmaForCausalLM"], head_dim=16, hidden_act="gelu", num_key_value_heads=1),
+            dict(hidden_act="gelu_pytorch_tanh", attention_scale=1 / 4, embedding_scale=8.0, norm="rms_plus_one"),
+        ),
+        (
+            dict(architectures=["Olmo2ForCausalLM"], rms_norm_eps=1e-06, rope_theta=500000, rope_scaling=None),
+            dict(layer_ropes=(RopeConfig(theta=5e5),) * 2, norm="rms_wide", tie_word_embeddings=False),
+        ),
+        (  # CohereLabs/c4ai-command-r7b-12-2024
+            dict(
+                architectures=["Cohere2ForCausalLM"],
+                logit_scale=0.25,
+                num_key_value_heads=2,
+                order_of_interleaved_layers="local_attn_first",
+                position_embedding_type="rope_gptj",
+                rope_theta=50000,
+                rotary_pct=1.0,
+                sliding_window=4096,
+                sliding_window_pattern=2,
+                use_embedding_sharing=True,
+                use_gated_activation=True,
+                use_parallel_block=True,
+                use_parallel_embedding=True,
+            ),
+            dict(layer_ropes=(RopeConfig(theta=5e4), NO_ROPE), layer_windows=(4096, None), logits_scaling=4.0),
+        ),
+        (  # Ministral3Config() of transformers, which mistralai/Ministral-3-3B-Base-2512's text_config is like
+            dict(architectures=["Ministral3ForCausalLM"], head_dim=16, num_key_value_heads=2),
+            dict(
+                layer_ropes=(
+                    RopeConfig(
+                        theta=1e6,
+                        rope_type="yarn",
+                        factor=16.0,
+                        original_max_position_embeddings=16384,
+                        query_beta=0.1,
+                    ),
+                )
+                * 2,
             ),
         ),
     ],
