@@ -88,6 +88,8 @@ def test_logits_equal_transformers_in_every_way_of_computing_them(case, saved, m
     plain = load_base_model(directory)
     ours = {".".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(nnx.state(plain))}
     assert ours == {name.rpartition(".")[0] for name, _ in reference.named_parameters()}
+    linears = [n for n, m in reference.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)]
+    assert plain.linear_order() == linears
     difference = off(logits(plain, ids, attention_mask=mask), wanted, real)
     measured(f"logits of {case}", difference)
     assert difference < 2e-5
