@@ -41,7 +41,7 @@ def gates(units: Tensor, rules: Tensor, parts: Set[str] = PARTS) -> Tensor:
     kept = is_expert
     if parts & {"top_k", "top_p"}:
         ahead = z[..., None, :] - z[..., None]  # [..., expert, other]
-        is_larger = (ahead > 0) | ((ahead == 0) & (unit < unit[:, None]))
+        is_larger = torch.where(unit < unit[:, None], ahead >= 0, ahead > 0)
         first = is_larger.sum(-1) < rule["top_k"]
         if "top_p" in parts:
             first = first | (p + torch.where(is_larger, p[..., None, :], 0.0).sum(-1) <= rule["top_p"])

@@ -97,7 +97,7 @@ def gated(
     units = _units(codes, tables.units, tables.rows)
     if over_processes is not None:
         units = over_processes(units)
-    return _weighed(codes, gates(units, tables.rules[:, slots]), tables.owners[:, slots], tables.units)
+    return codes * _by_column(gates(units, tables.rules[:, slots]), tables.owners[:, slots], tables.units)
 
 
 def gated_by_adapter(codes: Tensor, slots: Tensor, tables: Tables) -> Tensor:
@@ -113,17 +113,18 @@ def gated_by_adapter(codes: Tensor, slots: Tensor, tables: Tables) -> Tensor:
             mine = codes[:, tokens]
             weights = gates(_units(mine, number, tables.rows), tables.rules[:, slot, None], tables.parts_in(slot))
             owners = tables.owners[:, slot, None].expand(-1, mine.shape[1], -1)
-            codes[:, tokens] = _weighed(mine, weights, owners, tables.units)
+            mine *= _by_column(weights, owners, tables.units)
+            if len(present) > 1:
+                codes[:, tokens] = mine
     return codes
 
 
 def _units(codes: Tensor, number: int, rows: int) -> Tensor:
     """The router's outputs, without bias: [..., unit]."""
     tail = codes[..., codes.shape[-1] - number * rows :]
-    return tail.unflatten(-1, (number, rows)).sum(-1).flip(-1)
+    return (tail if rows == 1 else tail.unflatten(-1, (number, rows)).sum(-1)).flip(-1)
 
 
-def _weighed(codes: Tensor, weights: Tensor, owners: Tensor, none: int) -> Tensor:
-    """Each column times the weight of its expert, or 1 where that is `none`."""
-    weights = torch.nn.functional.pad(weights, (0, none + 1 - weights.shape[-1]), value=1.0)
-    return codes * weights.gather(-1, owners)
+def _by_column(weights: Tensor, owners: Tensor, none: int) -> Tensor:
+    """For each column the weight of its expert, or 1 where that is `none`."""
+    return torch.nn.functional.pad(weights, (0, none + 1 - weights.shape[-1]), value=1.0).gather(-1, owners)

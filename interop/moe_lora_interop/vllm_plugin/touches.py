@@ -78,6 +78,7 @@ def register() -> list[str]:
         _replace(LoRAModelManager, _create_lora_modules)
         _replace(LoRAModelManager, activate_adapter)
         _replace(WorkerLoRAManager, _load_adapter)
+        BaseLinearLayerWithLoRA.moe_lora_tables = None  # of a layer that no manager has made
         _replace(BaseLinearLayerWithLoRA, _apply_lora_to_output)
         if current_platform.is_cpu():
             for op in (cpu_ops.bgmv_shrink, cpu_ops.bgmv_expand, cpu_ops.bgmv_expand_slice):
