@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +24,14 @@ from tests.serving.made import Answer
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 400
+SECONDS_TO_COME = 3
 TOLERANCE = 5e-5
 BASE = "base"
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # or it cannot be paused
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -83,15 +83,17 @@ class Server:
         return Answer(tokens, logprobs)
 
     def ask_at_once(self, asked: Sequence[tuple[str, Sequence[int]]], length: int) -> tuple[list[Answer], list]:
-        """Answers in the order asked, sent by as many threads at the same moment; and the events in their order."""
-        events, barrier = [], threading.Barrier(len(asked))
+        """Answers in the order asked, computed at once; and the events in their order.
 
-        def send(one: tuple[str, Sequence[int]]) -> Answer:
-            barrier.wait()
-            return self.ask(*one, length, events)
-
+        The engine rests until all have come: on a busy machine the first would else be done before the last is sent.
+        """
+        events = []
+        requests.post(f"{self.url}/pause", params={"mode": "keep"}).raise_for_status()
         with ThreadPoolExecutor(len(asked)) as pool:
-            return list(pool.map(send, asked)), events
+            answers = [pool.submit(self.ask, *one, length, events) for one in asked]
+            time.sleep(SECONDS_TO_COME)
+            requests.post(f"{self.url}/resume").raise_for_status()
+            return [answer.result() for answer in answers], events
 
     def knows(self, model: str) -> bool:
         """Whether a request for it is answered, and not by 404."""

@@ -20,7 +20,7 @@ from tests.serving.server import (
 
 skip_without_vllm()
 LENGTH = 24
-LONG = 120  # tokens that take longer than it takes until all requests have come
+LONG = 120  # the shortest prompts begin while the longest still come in chunks
 RANK = 64
 LORA = ["--enable-lora", "--max-lora-rank", str(RANK)]
 # fewer slots than adapters, so that some are evicted; prompts longer than a step's tokens come in chunks
