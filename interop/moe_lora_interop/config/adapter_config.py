@@ -163,7 +163,6 @@ class MoeLoraConfig:
         router_aux_loss_delta: delta of the localized loss: how far the two halves of the experts are pulled apart.
         router_aux_loss_coef: coefficient of the balancing loss.
         router_z_loss_coef: coefficient of the z loss (arXiv:2202.08906).
-        format_version: the oldest version of the native file format that can say all this; it follows from the rest.
         peft_type: marks the format.
         base_model_name_or_path: bookkeeping of PEFT: the base model.
         revision: bookkeeping of PEFT: of the base model.
@@ -171,6 +170,9 @@ class MoeLoraConfig:
         inference_mode: bookkeeping of PEFT.
         auto_mapping: bookkeeping of PEFT.
         peft_version: bookkeeping of PEFT: who wrote it.
+
+    Attributes:
+        format_version: the oldest version of the native file format that can say all this; it follows from the rest.
 
     Raises:
         ConfigError: with one entry per wrong field: what was found and what is allowed.
