@@ -4,7 +4,9 @@ Tests of robustness take a number of tries from `tries(short, full)`, and report
 `make trust` passes, and the summary has one line per point.
 """
 
+import os
 from collections import defaultdict
+from pathlib import Path
 
 import jax
 import pytest
@@ -33,6 +35,13 @@ def cheap_compilation(request):
     jax.config.update("jax_disable_most_optimizations", cheap)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    if resident_bytes() > 3 * 2**30:  # compiled programs, which later modules have no use for; two workers share 24 GB
+        jax.clear_caches()
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def pytest_addoption(parser):

@@ -36,7 +36,7 @@ MISTAKES = {
         ["cannot find meta-llama/Llama-3.1-8B", "found no such directory", "HF_HUB_OFFLINE"],
     ),
     "no tokenizer": (TRAIN.replace("base", "no_tokenizer"), 2, ["no tokenizer in no_tokenizer", "tokenizer.json"]),
-    "a model of another kind": (TRAIN.replace("base", "gpt2"), 2, ["GPT2LMHead", "expected one of Gemma2", "PEFT"]),
+    "a model of another kind": (TRAIN.replace("base", "gpt2"), 2, ["GPT2LMHead", "expected one of Cohere2", "PEFT"]),
     "a quantised model": (TRAIN.replace("base", "quantised"), 2, ["quantization_config", "bitsandbytes"]),
     "the data file is not there": (TRAIN.replace("data.", "nodata."), 2, ["nodata.jsonl: No such file"]),
     "the data file is empty": (TRAIN.replace("data.", "empty."), 2, ["no examples", "prompt and completion"]),

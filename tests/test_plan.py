@@ -176,9 +176,9 @@ USUAL = "--topology v5e:2x2 --seq 128 --batch 8".split()
     [
         (
             ["nowhere/at/all", *USUAL],
-            "model: found 'nowhere/at/all', expected a config.json, a model directory, or an id",
+            "nowhere/at/all: missing file",
         ),
-        (["some/model", *USUAL], "model: found 'some/model', expected a config.json, a model directory, or an id in"),
+        (["some/model", *USUAL], "some/model: found no such directory\n  - on the Hugging Face Hub: "),
         ([None, "--topology", "v5e:2x2", "--seq", 1], "seq: found 1, expected an integer >= 2"),
         ([None, *USUAL, "--mesh", "fsdp"], "mesh: found 'fsdp', expected name=size"),
         ([None, *USUAL, "--batch-size", 0], "batch_size: found 0"),
