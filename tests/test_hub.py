@@ -232,3 +232,5 @@ def test_models_and_adapters_by_id_in_jax(hub, tmp_path, small_dirs):  # noqa: F
     cached = 'import moe_lora_jax as mlj; print(type(mlj.load_base_model("user/whole")).__name__)'
     cached = f'import os; os.environ |= {{"HF_HUB_OFFLINE": "1", "HF_HOME": "{tmp_path}/online/home"}}; {cached}'
     assert client(cached, "http://127.0.0.1:9", tmp_path / "offline").strip() == "CausalLM"
+    push = f'from moe_lora_interop.cli.main import main; print(main(["push", "{hub[3]}/push/saved", "user/x"]))'
+    assert client(f'import os; os.environ["HF_HUB_OFFLINE"] = "1"; {push}', address, tmp_path / "push").strip() == "2"

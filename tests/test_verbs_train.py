@@ -108,6 +108,23 @@ def test_training_continues_from_an_adapter(base, data, tmp_path):
     assert caught.value.problems == ("r: found beside init_adapter", "adapter_config: found beside init_adapter")
 
 
+def test_a_preset_is_that_of_the_config_and_flags_win(base, data, tmp_path):
+    file = tmp_path / "fields.json"
+    file.write_text(json.dumps({"r": 3, "router_aux_loss_coef": 0.5}))
+    fields = {"preset": "adamole", "adapter_config": file, "num_experts": 5, "target_modules": ("q_proj",)}
+    train_verb(base, data, tmp_path / "out", steps=1, batch_size=2, max_length=100, **fields)
+    config = moe_lora_interop.read(tmp_path / "out").config
+    assert (config.adaptive_threshold, config.threshold, config.num_experts) == (
+        True,
+        1 / 5,
+        5,
+    )  # 1 / E, of the flag's E
+    assert (config.r, config.router_aux_loss_coef) == (3, 0.5)
+    with pytest.raises(ConfigError) as caught:
+        train_verb(base, data, tmp_path / "two", init_adapter=tmp_path / "out", preset="mola")
+    assert caught.value.problems == ("preset: found beside init_adapter",)
+
+
 def test_fields_without_a_flag_come_from_a_file(base, data, tmp_path):
     file = tmp_path / "fields.json"
     file.write_text(json.dumps({"rank_pattern": {"v_proj": 3}, "scoring_func": "sigmoid"}))

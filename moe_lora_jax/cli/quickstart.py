@@ -122,6 +122,8 @@ def quickstart(
 
 def _claim(output_dir: Path) -> None:
     """An empty directory, or one that a quickstart made, which is then cleared."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise CheckpointError("cannot write the output", [f"{output_dir}: found a file, expected a directory"])
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
         raise CheckpointError("would overwrite", [f"{output_dir}: not empty and not from quickstart; choose another"])
     for part in ("base", "data", "adapter"):

@@ -47,6 +47,11 @@ def report(
     """
     if max_new_tokens < 1:
         raise ConfigError("invalid arguments", [f"max_new_tokens: found {max_new_tokens}, expected at least 1"])
+    page = output or directory / "report.html"
+    if not page.parent.is_dir():
+        raise ConfigError(
+            "cannot write the page", [f"output: found {page}, expected a place in a directory that exists"]
+        )
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("importing JAX"):
         from moe_lora_jax.adapters.apply import remove_moe_lora
@@ -61,7 +66,6 @@ def report(
         from moe_lora_jax.train.data import read_data, split_by
         from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id
 
-    page = output or directory / "report.html"
     with shell.progress("reading the adapter and the model") as bar:
         adapter = moe_lora_interop.read(directory, layout, **parse_options(options))
         other = None if against is None else moe_lora_interop.read(against)

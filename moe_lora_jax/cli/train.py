@@ -30,6 +30,7 @@ from moe_lora_jax.train.end_of_text import write_end_ids
 from moe_lora_jax.train.loop import TrainResult
 from moe_lora_jax.train.loop import train as run
 from moe_lora_jax.train.packing import PackedRows, training_rows
+from moe_lora_jax.train.refusals import check_reporters
 from moe_lora_jax.train.run_dir import check_free, command
 from moe_lora_jax.train.tokenizer import load_tokenizer, pad_id, save_tokenizer
 
@@ -88,6 +89,7 @@ def train(
     if not is_first():
         shell = Shell(quiet=True)
     once(lambda: check_free(output_dir, resume=checked.resume))
+    check_reporters(checked)
     found = model_directory(model, revision, quiet=quiet)
     with shell.progress("reading the model and the data"):
         tokenizer = load_tokenizer(found, examples.chat_template)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig
+from moe_lora_interop.config.adapter_config import FORMAT_VERSION, MoeLoraConfig, preset_fields
 from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.errors import ConfigError
 from moe_lora_jax.models.attending import Form
@@ -27,9 +27,10 @@ def otherwise(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFlags:
-    """What is trained: a flag that is given wins over --adapter-config, which wins over the default.
+    """What is trained: a flag that is given wins over --adapter-config, which wins over --preset and the defaults.
 
     Args:
+        preset: a published method's routing: loramoe, hydralora, mola, mole, adamole, mixlora, molora, arrow or xlora.
         r: rank of one expert, or one rank per expert.
         lora_alpha: the scaling is lora_alpha / r; one number, or one per expert.
         num_experts: experts per target module.
@@ -46,6 +47,7 @@ class AdapterFlags:
             name that the path or config.json tells, else the path.
     """
 
+    preset: str | None = None
     r: Annotated[int | list[int] | None, otherwise(MoeLoraConfig.r)] = None
     lora_alpha: Annotated[int | float | list[int | float] | None, otherwise(MoeLoraConfig.lora_alpha)] = None
     num_experts: Annotated[int | None, otherwise(MoeLoraConfig.num_experts)] = None
@@ -74,7 +76,7 @@ class AdapterFlags:
         base = {} if self.base_name is None else {"base_model_name_or_path": self.base_name, "revision": None}
         if self.init_adapter is not None:
             wrong = [f for f in given if f not in TRAINING_FIELDS]
-            wrong += ["adapter_config"] if self.adapter_config is not None else []
+            wrong += [f for f in ("preset", "adapter_config") if getattr(self, f) is not None]
             if wrong:
                 problems = [f"{f}: found beside init_adapter" for f in wrong]
                 raise ConfigError("init_adapter brings its own config", problems)
@@ -83,7 +85,8 @@ class AdapterFlags:
         if from_file.get("format_version", 1) == 1:
             from_file["format_version"] = FORMAT_VERSION  # flags may say what version 1 cannot
         defaults = {"task_type": "CAUSAL_LM", "target_modules": ALL_LINEAR}
-        return {**defaults, **from_file, **given, **base}
+        fields = {**defaults, **from_file, **given, **base}
+        return fields if self.preset is None else preset_fields(self.preset, fields)
 
 
 @dataclass(frozen=True, kw_only=True)

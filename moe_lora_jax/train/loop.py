@@ -35,7 +35,7 @@ from moe_lora_jax.train.evaluation import mean_loss
 from moe_lora_jax.train.extension import extension
 from moe_lora_jax.train.health import CollapseWatch, module_health, summary
 from moe_lora_jax.train.packing import PackedRows, training_rows
-from moe_lora_jax.train.refusals import check_packing, trainable_config
+from moe_lora_jax.train.refusals import check_packing, check_reporters, trainable_config
 from moe_lora_jax.train.run_dir import RunDirectory, base_fingerprint
 from moe_lora_jax.train.settings import TrainSettings
 from moe_lora_jax.train.setup import set_up
@@ -120,6 +120,7 @@ def train(
     """
     config = trainable_config(model)
     check_packing(model, settings)
+    check_reporters(settings)
     if settings.save_best and eval_data is None:
         raise TrainingError("nothing to choose by", ["save_best: found without eval_data, expected both"])
     for part in (data, eval_data):

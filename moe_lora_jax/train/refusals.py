@@ -1,5 +1,6 @@
 """Runs that cannot be: each is refused before anything is written, with what was found and what is expected."""
 
+import importlib
 import inspect
 from typing import Any
 
@@ -39,6 +40,16 @@ def check_packing(model: Any, settings: TrainSettings) -> None:
     if settings.packing and "segment_ids" not in inspect.signature(model.__call__).parameters:  # **kwargs may drop it
         problem = f"packing: found True with {type(model).__name__}, whose call takes no segment_ids, expected False"
         raise TrainingError("the model cannot tell the examples of a row apart", [problem])
+
+
+def check_reporters(settings: TrainSettings) -> None:
+    """Raises TrainingError if the metrics shall go where a package is missing."""
+    if "wandb" in settings.report_to:
+        try:
+            importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            problem = "report_to: wandb needs the package wandb: pip install 'moe-lora-jax[wandb]'"
+            raise TrainingError("cannot report to Weights & Biases", [problem]) from error
 
 
 def check_selection(trainable: Any, settings: TrainSettings) -> None:

@@ -157,6 +157,7 @@ class RunDirectory:
                 grown[name] = before
             else:
                 more = ", expected that or more" if name in self.growing else ""
+                more += "; max_length and the chat template have a say in the tokens" if name == "data" else ""
                 problems.append(f"{name}: found {found!r}, the run has {before!r}{more}")
         if problems:
             problems.append("use the settings of the run, or start a new one with init_adapter")
@@ -173,7 +174,17 @@ def command() -> str:
 
 
 def check_free(output_dir: Path, *, resume: bool) -> None:
-    """Raises TrainingError if a run would meet another one there, or none to continue; before any model is read."""
+    """Before any model is read.
+
+    Raises:
+        TrainingError: a run would meet another one there, a model or a file; or none to continue.
+    """
+    in_the_way = next((path for path in (output_dir, *output_dir.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way is not None:
+        raise TrainingError("cannot write the output", [f"{in_the_way}: found a file, expected a directory"])
+    if (output_dir / "config.json").exists():  # an adapter beside it is what transformers would load
+        problem = f"{output_dir}: holds a model (config.json), expected another directory"
+        raise TrainingError("a model's directory would become an adapter's", [problem])
     has_run = (output_dir / FOLDER / RUN).exists()
     if resume and not has_run:
         raise TrainingError("nothing to resume", [f"{output_dir}: no run has started there"])

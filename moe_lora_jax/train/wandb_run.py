@@ -24,15 +24,12 @@ class WandbRun:
         records: lines of metrics.jsonl so far; sent if the run is new at W&B. Steps that W&B has are left as they are.
 
     Raises:
-        TrainingError: wandb is not installed, or refuses.
+        TrainingError: wandb refuses.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], records: Iterable[Mapping[str, Any]]):
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            problem = "report_to: wandb needs the package wandb: pip install 'moe-lora-jax[wandb]'"
-            raise TrainingError("cannot report to Weights & Biases", [problem]) from error
+        import wandb
+
         file = folder / "id"
         is_new = not file.exists()
         if is_new:

@@ -160,7 +160,8 @@ def _raw_config(table: Dialect, adapter: Adapter, allow_loss: Collection[str]) -
     lost = {n: found for n, found in differences(config, back, modules).items() if n not in allow_loss}
     if lost:
         problems = [f"{n}: {mine!r} would be read back as {theirs!r}" for n, (mine, theirs) in lost.items()]
-        raise ConfigError(f"layout {table.name!r} cannot express the config", problems)
+        what = f"layout {table.name!r} cannot express the config (--allow-loss, allow_loss: what may be lost)"
+        raise ConfigError(what, problems)
     return raw
 
 

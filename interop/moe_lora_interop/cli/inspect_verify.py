@@ -12,6 +12,8 @@ from moe_lora_interop.checkpoint.servable import VllmNeeds
 from moe_lora_interop.cli.convert import Layout, Options, parse_options
 from moe_lora_interop.cli.shell import Json, Quiet, Shell
 from moe_lora_interop.dialects.registry import dialect_named
+from moe_lora_interop.disk.files import existing_directory
+from moe_lora_interop.disk.hub import adapter_directory
 from moe_lora_interop.errors import printable
 
 
@@ -81,6 +83,8 @@ def verify(
     """
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("checking"):
+        for path in (adapter_directory(directory), *([] if base is None else [base])):
+            existing_directory(path)
         findings = checks.verify(directory, base)
     sound = all(f.level != "error" for f in findings)
     shell.give({"sound": sound, "findings": [f.__dict__ for f in findings]})

@@ -72,6 +72,6 @@ def _uploaded(repo: str, contents: dict[str, Path | bytes], *, private: bool, me
             raise CheckpointError(f"cannot push to {repo}", ["private: found a public repository of this name"])
         operations = [CommitOperationAdd(name, data) for name, data in contents.items()]
         api.create_commit(created.repo_id, operations, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise CheckpointError(f"cannot push to {repo}", [" ".join(str(error).split())]) from None
     return created.url

@@ -420,11 +420,20 @@ class MoeLoraConfig:
         Raises:
             ConfigError: no preset of this name, or fields that do not go with it.
         """
-        if name not in PRESETS:
-            raise ConfigError("unknown preset", [f"preset: found {name!r}, {expected(name, PRESETS)}"])
-        values = {**PRESETS[name], **fields}
-        experts = values.get("num_experts", cls.num_experts)
-        return cls(**{k: 1 / experts if v is SHARE else v for k, v in values.items()})
+        return cls(**preset_fields(name, fields))
+
+
+def preset_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a preset, with those that are given in their place.
+
+    Raises:
+        ConfigError: no preset of this name.
+    """
+    if name not in PRESETS:
+        raise ConfigError("unknown preset", [f"preset: found {name!r}, {expected(name, PRESETS)}"])
+    values = {**PRESETS[name], **fields}
+    experts = values.get("num_experts", MoeLoraConfig.num_experts)
+    return {k: 1 / experts if v is SHARE else v for k, v in values.items()}
 
 
 _init = MoeLoraConfig.__init__
