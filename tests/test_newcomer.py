@@ -81,7 +81,7 @@ MISTAKES = {
     "a page into a file": (
         "report trained --model base --data data.jsonl --output data.jsonl/page.html",
         2,
-        ["data.jsonl/page.html, expected a place in a directory that exists"],
+        ["output: found the file data.jsonl, expected a directory"],
     ),
     "metrics to a program that is not there": (
         f"{TRAIN} --report-to wandb",

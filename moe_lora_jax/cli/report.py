@@ -48,10 +48,8 @@ def report(
     if max_new_tokens < 1:
         raise ConfigError("invalid arguments", [f"max_new_tokens: found {max_new_tokens}, expected at least 1"])
     page = output or directory / "report.html"
-    if not page.parent.is_dir():
-        raise ConfigError(
-            "cannot write the page", [f"output: found {page}, expected a place in a directory that exists"]
-        )
+    if blocked := [str(path) for path in page.parents if path.is_file()]:
+        raise ConfigError("cannot write the page", [f"output: found the file {blocked[0]}, expected a directory"])
     shell = Shell(quiet=quiet, json=json)
     with shell.progress("importing JAX"):
         from moe_lora_jax.adapters.apply import remove_moe_lora
