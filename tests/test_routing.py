@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -126,7 +125,7 @@ def test_a_config_says_the_rule_by_name_version_and_every_field():
     assert config.routing_rule == SignedRoot(power=3.0, weights=(1, 2))
     assert config.format_version == 2
     assert MoeLoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), replace(config)):
+    for again in (copy.deepcopy(config), replace(config)):
         assert again == config and hash(again) == hash(config) and again.routing_rule == config.routing_rule
     assert MoeLoraConfig(routing={"name": "signed_root", "version": 2}).routing == SIGNED
     assert MoeLoraConfig(routing=SignedRoot()) != MoeLoraConfig(routing=SignedRoot(power=2.0)) != MoeLoraConfig()

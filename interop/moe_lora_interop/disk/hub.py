@@ -10,7 +10,7 @@ from moe_lora_interop.disk.files import read_json
 from moe_lora_interop.disk.model_directory import COPIED, INDEX, SINGLE
 from moe_lora_interop.errors import CheckpointError
 
-CONFIG = ("config.json",)
+_CONFIG = ("config.json",)
 # of adapters in any layout: some keep experts in folders, or tensors in .bin, .npz or .pt files
 _ADAPTER = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.npz", *COPIED)
 _NOT_ADAPTER = ("checkpoint-*", "training/*", "runs/*", "optimizer*", "scheduler*", "rng_state*", "training_args.bin")
@@ -33,7 +33,7 @@ def model_directory(source: str | os.PathLike[str], revision: str | None = None,
     found = _local(source, revision)
     if found is not None:
         return found
-    small = _download(source, revision, (*CONFIG, INDEX, *COPIED), quiet=quiet)
+    small = _download(source, revision, (*_CONFIG, INDEX, *COPIED), quiet=quiet)
     listed = read_json(small / INDEX).get("weight_map") if (small / INDEX).is_file() else None
     weights = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else [SINGLE]
     return _download(source, small.name, weights, quiet=quiet)  # of the same commit
@@ -41,12 +41,12 @@ def model_directory(source: str | os.PathLike[str], revision: str | None = None,
 
 def config_directory(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """`model_directory` for whoever needs only the config."""
-    return _local(source, revision) or _download(source, revision, CONFIG)
+    return _local(source, revision) or _download(source, revision, _CONFIG)
 
 
 def tokenizer_directory(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """`model_directory` for whoever needs only the tokenizer and the config."""
-    return _local(source, revision) or _download(source, revision, (*CONFIG, *COPIED))
+    return _local(source, revision) or _download(source, revision, (*_CONFIG, *COPIED))
 
 
 def adapter_directory(source: str | os.PathLike[str], revision: str | None = None) -> Path:

@@ -17,8 +17,8 @@ _LOWEST = torch.finfo(torch.float32).min
 def gates(units: Tensor, rules: Tensor, parts: Set[str] = PARTS) -> Tensor:
     """routed_scaling_factor g of every expert; 0 where a token's adapter has no such expert.
 
-    Of two experts with equal logits the lower is the larger, as a stable sort has it. Ranks are counted, not sorted:
-    E x E comparisons, which a compiler fuses with the rest.
+    Of two experts with equal logits the lower is the larger, as a stable sort has it. Ranks are counted, in
+    E x E comparisons, and not sorted.
 
     Args:
         units: the router's outputs without bias, fp32 [..., unit]: of experts 0 to E - 1, then of a learned threshold.
